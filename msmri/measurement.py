@@ -1,0 +1,90 @@
+"""The two things that travel through msmri: a Measurement goes in, a Reconstruction comes out."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msmri.physics.operators import LinearOperator, Subsample
+from msmri.tensors import KSpace, Mask
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One slice, or a batch of slices of one size, as measured.
+
+    Parameters
+    ----------
+    values
+        (batch, coil, ky, kx), zero where ``mask`` is False, in the file's units divided by ``scale``.
+    mask
+        Bool (batch, 1, 1 or ky, kx); belongs to the slice and never changes.
+    encoding
+        Image to full measurement: ``CoilFourier(maps)`` for MRI, ``Identity()`` for photographs; None until the
+        coil maps have been estimated.
+    noise_std
+        Standard deviation of each real component of ``values``; 0 where unknown.
+    scale
+        (batch, 1, 1, 1), computed from measured data only; multiply by it to return to the file's units.
+    source
+        Where each slice came from, such as ``("scan.h5#7",)``.
+    target
+        Reference magnitude image (batch, y, x) in file units, for metrics only; no loss and no method reads it.
+    """
+
+    values: KSpace
+    mask: Mask
+    encoding: LinearOperator | None = None
+    noise_std: Tensor | float = 0.0
+    scale: Tensor | float = 1.0
+    source: tuple[str, ...] = ()
+    target: Tensor | None = None
+
+    @property
+    def operator(self) -> LinearOperator:
+        """The forward model A = S E of this measurement."""
+        if self.encoding is None:
+            raise ValueError(f"{self.source}: coil maps have not been estimated yet")
+        return Subsample(self.mask) @ self.encoding
+
+    @property
+    def acceleration(self) -> Tensor:
+        """True acceleration (batch,): number of k-space places over number of measured ones."""
+        return 1.0 / self.mask.to(torch.float64).mean(dim=(-3, -2, -1))
+
+    def scaled(self, scale: Tensor) -> "Measurement":
+        """Return the same measurement in units of ``scale`` (batch, 1, 1, 1) times the present ones."""
+        noise = torch.as_tensor(self.noise_std, device=self.values.device) / scale
+        return replace(self, values=self.values / scale, noise_std=noise, scale=self.scale * scale)
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What a method returns.
+
+    Parameters
+    ----------
+    samples
+        Complex (batch, sample, y, x) in the file's units; one sample for a point estimate.
+    details
+        Numbers a method wants to report beside its images: NFE, iterations, regularisation weight.
+    """
+
+    samples: Tensor
+    details: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def image(self) -> Tensor:
+        """Complex mean over samples (batch, y, x)."""
+        return self.samples.mean(1)
+
+    @property
+    def magnitude(self) -> Tensor:
+        """Magnitude of the mean (batch, y, x)."""
+        return self.image.abs()
+
+    @property
+    def std(self) -> Tensor | None:
+        """Standard deviation of the magnitude over samples (batch, y, x); None for a single sample."""
+        return self.samples.abs().std(1) if self.samples.shape[1] > 1 else None

@@ -1,0 +1,1 @@
+"""The physics of a measurement: Fourier transform, operators, masks, coils, solvers, simulation."""

@@ -1,0 +1,165 @@
+"""Linear operators from an image to its measurement: frozen values with a call and an adjoint."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from msmri.physics.fourier import centring_phase
+from msmri.tensors import Image, KSpace, Maps, Mask
+
+
+class LinearOperator(ABC):
+    """A complex-linear map between tensors; a new mask or new maps make a new operator."""
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply the operator."""
+
+    @abstractmethod
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Apply the adjoint: ``<A x, y> = <x, A.adjoint(y)>``."""
+
+    def normal(self, x: Tensor) -> Tensor:
+        """Apply adjoint(forward); subclasses override it where there is a shortcut."""
+        return self.adjoint(self(x))
+
+    def weighted_normal(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Apply adjoint(weight * forward) for a real diagonal ``weight`` in measurement space."""
+        return self.adjoint(weight * self(x))
+
+    def __matmul__(self, inner: "LinearOperator") -> "LinearOperator":
+        return Composed(self, inner)
+
+
+@dataclass(frozen=True)
+class Composed(LinearOperator):
+    """``outer @ inner``: first ``inner``, then ``outer``."""
+
+    outer: LinearOperator
+    inner: LinearOperator
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply inner, then outer."""
+        return self.outer(self.inner(x))
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Apply the adjoints in reverse order."""
+        return self.inner.adjoint(self.outer.adjoint(y))
+
+    def normal(self, x: Tensor) -> Tensor:
+        """Apply adjoint(forward), through the inner operator's shortcut when the outer one only selects."""
+        if isinstance(self.outer, Subsample):
+            return self.inner.weighted_normal(x, self.outer.mask)
+        return self.adjoint(self(x))
+
+
+@dataclass(frozen=True)
+class Identity(LinearOperator):
+    """The encoding of photographs: measurement space is the image itself."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return ``x``."""
+        return x
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Return ``y``."""
+        return y
+
+
+@dataclass(frozen=True)
+class Subsample(LinearOperator):
+    """Keep the entries where ``mask`` is True, zero elsewhere (a NaN outside the mask does not leak)."""
+
+    mask: Mask
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Zero everything outside the mask."""
+        return torch.where(self.mask, x, torch.zeros((), dtype=x.dtype, device=x.device))
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Zero everything outside the mask: a selection is its own adjoint."""
+        return self(y)
+
+    def normal(self, x: Tensor) -> Tensor:
+        """Zero everything outside the mask: a selection is its own square."""
+        return self(x)
+
+
+@dataclass(frozen=True)
+class CoilFourier(LinearOperator):
+    """SENSE encoding: weight the image by each coil's sensitivity, transform, add the sets of maps.
+
+    Pruessmann et al. 1999; with two sets of maps, soft-SENSE (Uecker et al. 2014). The centring shifts are folded
+    into the maps once, so that forward and adjoint are one FFT and two products a coil, and the normal operator
+    needs no shift at all.
+
+    Parameters
+    ----------
+    maps
+        Complex (*batch, set, coil, y, x). The image has one channel per set.
+    """
+
+    maps: Maps
+
+    def __post_init__(self) -> None:
+        if self.maps.ndim < 4 or not self.maps.is_complex():
+            raise ValueError(f"maps must be complex (..., set, coil, y, x), got {tuple(self.maps.shape)}")
+
+    @cached_property
+    def _phase(self) -> Tensor:
+        y, x = self.maps.shape[-2:]
+        return centring_phase((y, x), dtype=self.maps.dtype, device=self.maps.device)
+
+    @cached_property
+    def _centred_maps(self) -> Tensor:
+        return self.maps * self._phase
+
+    @cached_property
+    def _conjugate_maps(self) -> Tensor:
+        return self._centred_maps.conj().resolve_conj()
+
+    @property
+    def n_sets(self) -> int:
+        """The number of sets of maps, which is the number of channels of the image."""
+        return self.maps.shape[-4]
+
+    def _transform(self, x: Image) -> Tensor:
+        if x.shape[-3] != self.n_sets or x.shape[-2:] != self.maps.shape[-2:]:
+            raise ValueError(f"image {tuple(x.shape)} does not fit maps {tuple(self.maps.shape)}")
+        if self.n_sets == 1:
+            coils = self._centred_maps[..., 0, :, :, :] * x
+        else:
+            coils = torch.einsum("...scyx,...syx->...cyx", self._centred_maps, x)
+        return torch.fft.fft2(coils, norm="ortho")
+
+    def _combine(self, y: Tensor) -> Image:
+        coils = torch.fft.ifft2(y, norm="ortho")
+        if self.n_sets == 1:
+            return (self._conjugate_maps[..., 0, :, :, :] * coils).sum(-3, keepdim=True)
+        return torch.einsum("...scyx,...cyx->...syx", self._conjugate_maps, coils)
+
+    def __call__(self, x: Image) -> KSpace:
+        """Encode an image (*batch, set, y, x) as k-space (*batch, coil, ky, kx)."""
+        return self._transform(x) * self._phase
+
+    def adjoint(self, y: KSpace) -> Image:
+        """Combine k-space (*batch, coil, ky, kx) into an image (*batch, set, y, x)."""
+        return self._combine(y * self._phase.conj())
+
+    def weighted_normal(self, x: Image, weight: Tensor) -> Image:
+        """Apply adjoint(weight * forward) without any shift: the centring phases cancel."""
+        return self._combine(self._transform(x) * weight)
+
+    def normal(self, x: Image) -> Image:
+        """Apply adjoint(forward): the Fourier transform cancels and only the maps remain."""
+        if self.n_sets == 1:
+            return self._power * x
+        coils = torch.einsum("...scyx,...syx->...cyx", self.maps, x)
+        return torch.einsum("...scyx,...cyx->...syx", self.maps.conj(), coils)
+
+    @cached_property
+    def _power(self) -> Tensor:
+        return self.maps[..., 0, :, :, :].abs().square().sum(-3, keepdim=True)
