@@ -1,0 +1,605 @@
+"""Scans in the fastMRI HDF5 layout: opened with every check, read one slice at a time, written."""
+
+import difflib
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+from msmri.errors import InputError
+from msmri.io.output import atomic, open_hdf5
+from msmri.measurement import Measurement
+from msmri.physics.fourier import ifft2c
+from msmri.physics.operators import Subsample
+from msmri.tensors import KSpace, Mask
+
+LAYOUT = "(slices, coil, ky, kx), or (slices, ky, kx) for a single coil"
+STRAY_ZEROS = 0.01  # share of zeros among the sampled lines up to which they are measured zeros, not a 2-D mask
+MEND_COMPLEX = "store it as one complex64 array, kspace = real + 1j * imaginary"
+
+
+class InputWarning(UserWarning):
+    """A file that can be used, though something about it is missing or odd."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the ISMRMRD header of a fastMRI file tells.
+
+    Parameters
+    ----------
+    encoded
+        (rows, columns) of the encoded k-space: x and y of ISMRMRD.
+    recon
+        (rows, columns) of the image to give back.
+    centre
+        Index, among the acquired columns, of the central one; None if not told.
+    maximum
+        Index of the last acquired column; None if not told.
+    """
+
+    encoded: tuple[int, int]
+    recon: tuple[int, int]
+    centre: int | None = None
+    maximum: int | None = None
+
+    @property
+    def padding_left(self) -> int:
+        """First acquired column, as fastMRI computes it."""
+        return self.encoded[1] // 2 - self.centre if self.centre is not None else 0
+
+    @property
+    def padding_right(self) -> int:
+        """One past the last acquired column, as fastMRI computes it."""
+        return self.padding_left + self.maximum + 1 if self.maximum is not None else self.encoded[1]
+
+
+class Sampling(NamedTuple):
+    """Mask (1 or ky, kx) of one slice, margins, and how many columns are called sampled but hold only zeros."""
+
+    mask: np.ndarray
+    left: int
+    right: int
+    empty: int
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether everything between the margins was sampled."""
+        return bool(self.mask[:, self.left : self.mask.shape[1] - self.right].all())
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """An open scan; a context manager that closes its file.
+
+    Parameters
+    ----------
+    path
+        The file.
+    kspace_shape
+        (slices, coil, ky, kx) as stored; coil is 1 for single-coil files.
+    mask
+        Bool (1 or slices, 1 or ky, kx) if the file holds one, else None.
+    header
+        The parsed ISMRMRD header, or None.
+    attributes
+        The attributes of the file, such as acquisition and patient_id.
+    target_name
+        Dataset of reference images, or None.
+    target_shape
+        (y, x) of the reference images, or None.
+    crop_readout
+        Whether :meth:`read` removes readout oversampling.
+    """
+
+    path: Path
+    kspace_shape: tuple[int, int, int, int]
+    mask: np.ndarray | None
+    header: Header | None
+    attributes: dict[str, Any]
+    target_name: str | None
+    target_shape: tuple[int, int] | None
+    crop_readout: bool
+    _file: h5py.File = field(repr=False)
+
+    def __enter__(self) -> "Scan":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    @property
+    def n_slices(self) -> int:
+        """The number of slices."""
+        return self.kspace_shape[0]
+
+    @property
+    def n_coils(self) -> int:
+        """The number of coils."""
+        return self.kspace_shape[1]
+
+    @property
+    def output_shape(self) -> tuple[int, int]:
+        """(y, x) of the images to give back: the reference's, else the header's, else that of k-space."""
+        matrix = self.kspace_shape[2:]
+        if self.target_shape is not None:
+            return self.target_shape
+        if self.header is None:
+            return matrix
+        if self.header.encoded != matrix:  # somebody else's header: never trust it to enlarge the image
+            return min(self.header.recon[0], matrix[0]), min(self.header.recon[1], matrix[1])
+        return self.header.recon
+
+    @cached_property
+    def _probe(self) -> Sampling:
+        """Sampling of the first usable slice, from the middle outwards."""
+        problem: InputError | None = None
+        middle = self.n_slices // 2
+        for index in sorted(range(self.n_slices), key=lambda index: abs(index - middle)):
+            try:
+                sampling = self._sampling(self._values(index), index)
+            except InputError as error:
+                problem = problem or error
+                continue
+            if sampling.empty:
+                _warn(
+                    f"{self.path}: {sampling.empty} columns that the mask calls sampled hold only zeros, so they are "
+                    "taken as not acquired",
+                    depth=5,
+                )
+            return sampling
+        raise problem or InputError("holds no slices", path=self.path)
+
+    @property
+    def padding(self) -> tuple[int, int]:
+        """Number of zero-padded columns, never acquired, at the left and at the right of k-space."""
+        return self._probe.left, self._probe.right
+
+    @property
+    def acquired(self) -> Mask:
+        """Bool (1, 1, kx), False in the zero-padded margins: where an undersampling mask may sample."""
+        n = self.kspace_shape[3]
+        column = torch.arange(n)
+        return ((column >= self.padding[0]) & (column < n - self.padding[1]))[None, None]
+
+    @property
+    def is_undersampled(self) -> bool:
+        """Whether some of k-space between the margins was not sampled."""
+        return not self._probe.is_complete
+
+    def read(self, index: int) -> Measurement:
+        """Read one slice in file units: values (1, coil, ky, kx), mask (1, 1, 1 or ky, kx), target (1, y, x).
+
+        Where sampling is by whole columns, rows outside ``output_shape`` are cropped in the image domain, so that
+        640 oversampled readout points become 320; a 2-D mask forbids it, and the slice keeps its matrix.
+
+        Raises
+        ------
+        InputError
+            If the slice cannot be read, is not finite, or holds nothing but zeros.
+        """
+        stored = self._values(index)
+        sampling = self._sampling(stored, index)
+        mask = torch.from_numpy(sampling.mask)[None, None]
+        values = Subsample(mask)(torch.from_numpy(stored)[None])
+        if not bool(values.any()):
+            raise InputError(
+                f"slice {index} holds only zeros where the mask samples", mend="check the mask's order", path=self.path
+            )
+        target = self._target(index)
+        if target is not None and not sampling.is_complete and _is_zero_filled(values, target):
+            _warn(
+                f"{self.path}: {self.target_name} is the zero-filled reconstruction, so it is not used as a reference"
+            )
+            target = None
+        if self.crop_readout and mask.shape[-2] == 1 and self.output_shape[0] < values.shape[-2]:
+            values = crop_readout(values, self.output_shape[0])
+        return Measurement(values, mask, source=(f"{self.path.name}#{index}",), target=target)
+
+    def crop_to_output(self, image: Tensor) -> Tensor:
+        """Crop images (..., y, x) to ``output_shape``; see :func:`centre_crop`."""
+        return centre_crop(image, self.output_shape)
+
+    def _values(self, index: int) -> np.ndarray:
+        """Read and check k-space (coil, ky, kx) complex64 of one slice."""
+        if not 0 <= index < self.n_slices:
+            raise InputError(f"has no slice {index}", mend=f"it has slices 0 to {self.n_slices - 1}", path=self.path)
+        try:
+            values = self._file["kspace"][index]
+        except OSError as error:
+            raise InputError(
+                f"slice {index} is damaged and cannot be read", mend="copy or download the file again", path=self.path
+            ) from error
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = values.astype(np.complex64, copy=False).reshape(self.kspace_shape[1:])
+        if not np.isfinite(values).all():
+            raise InputError(f"slice {index} holds NaN or infinite k-space", mend="leave it out", path=self.path)
+        if not values.any():
+            raise InputError(f"slice {index} holds only zeros", mend="leave it out", path=self.path)
+        return values
+
+    def _sampling(self, values: np.ndarray, index: int) -> Sampling:
+        """Tell mask and margins of one slice (coil, ky, kx) from the file's mask, the header and exact zeros."""
+        nonzero: np.ndarray = np.zeros(values.shape[1:], dtype=bool)
+        for coil in values:
+            nonzero |= coil != 0
+        columns: np.ndarray = np.any(nonzero, axis=0)
+        n = len(columns)
+        leading, trailing = int(columns.argmax()), int(columns[::-1].argmax())
+        empty = 0
+        if self.mask is not None:
+            stored = self.mask[index if len(self.mask) > 1 else 0]
+            wrong = np.flatnonzero(stored.any(0) & ~columns)
+            empty, mask = len(wrong), stored & columns
+            left = max(wrong[wrong < leading] + 1, default=0)
+            right = max(n - wrong[wrong >= n - trailing], default=0)
+        else:
+            stray = 1.0 - nonzero[:, columns].mean()
+            mask = columns[None] if stray <= STRAY_ZEROS else nonzero
+            complete = bool(columns[leading : n - trailing].all())  # else outer zeros may be unsampled lines
+            left, right = (leading, trailing) if complete else (0, 0)
+        if self.header is not None and self.header.encoded[1] == n:  # believed only where the data are zero as well
+            left = max(left, min(leading, self.header.padding_left))
+            right = max(right, min(trailing, n - self.header.padding_right))
+        return Sampling(mask, int(left), int(right), empty)
+
+    def _target(self, index: int) -> Tensor | None:
+        if self.target_name is None:
+            return None
+        target = torch.from_numpy(np.asarray(self._file[self.target_name][index], dtype=np.float32))[None]
+        if bool(target.isfinite().all()):
+            return target
+        _warn(f"{self.path}: {self.target_name} of slice {index} is not finite, so it is not a reference", depth=4)
+        return None
+
+
+def open_scan(path: str | Path, *, crop_readout: bool = True) -> Scan:
+    """Open a scan in the fastMRI layout and check its structure; slices are read later, one by one.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be opened, or its k-space or mask has the wrong name, shape or type.
+    """
+    path = Path(path)
+    file = open_hdf5(path)
+    try:
+        shape = _kspace_shape(file, path)
+        target_name, target_shape = _find_target(file, path, shape)
+        header = _read_header(file, path)
+        if header is not None and header.encoded != shape[2:]:
+            _warn(f"{path}: ismrmrd_header tells of {header.encoded} k-space, but kspace is {shape[2:]}")
+        return Scan(
+            path=path,
+            kspace_shape=shape,
+            mask=normalise_mask(file["mask"][()], shape, path=path) if "mask" in file else None,
+            header=header,
+            attributes=dict(file.attrs),
+            target_name=target_name,
+            target_shape=target_shape,
+            crop_readout=crop_readout,
+            _file=file,
+        )
+    except BaseException:
+        file.close()
+        raise
+
+
+def list_scans(paths: Iterable[str | Path]) -> list[Path]:
+    """List files, and the ``*.h5`` files of directories (sorted, not those of sub-directories), each once.
+
+    A file that does not exist stays in the list, so that opening it is reported while the others are still done.
+
+    Raises
+    ------
+    InputError
+        If nothing is found.
+    """
+    given = [Path(path) for path in paths]
+    found: dict[Path, Path] = {}
+    for path in given:
+        inside = sorted(one for one in path.glob("*.h5") if not one.name.startswith(".")) if path.is_dir() else [path]
+        for one in inside:
+            found.setdefault(one.absolute(), one)
+    if not found:
+        raise InputError(f"no .h5 file in {', '.join(map(str, given)) or 'an empty list'}", mend="give scans to read")
+    return list(found.values())
+
+
+def undersample(measurement: Measurement, mask: Mask) -> Measurement:
+    """Undersample a measurement: keep what both its own mask and ``mask`` (..., 1 or ky, kx) sample.
+
+    The measurement's own mask is False in the margins, so columns that were never acquired do not count as sampled.
+
+    Raises
+    ------
+    InputError
+        If the mask does not fit k-space or leaves nothing.
+    """
+    rows, columns = measurement.values.shape[-2:]
+    if mask.shape[-1] != columns or mask.shape[-2] not in (1, rows):
+        raise InputError(
+            f"a mask of {tuple(mask.shape[-2:])} does not fit k-space of {(rows, columns)}",
+            mend="draw the mask for that size",
+        )
+    kept = measurement.mask & mask.to(device=measurement.mask.device, dtype=torch.bool)
+    if not bool(kept.flatten(1).any(1).all()):
+        raise InputError("the mask leaves nothing of k-space", mend="lower the acceleration")
+    return replace(measurement, values=Subsample(kept)(measurement.values), mask=kept)
+
+
+def crop_readout(kspace: KSpace, rows: int) -> KSpace:
+    """Crop the image of ``kspace`` (..., ky, kx) to its ``rows`` central rows, along ky alone.
+
+    The transforms are orthonormal on either size, so pixel values and the standard deviation of white noise in
+    k-space both stay as they were.
+    """
+    image = torch.fft.fftshift(torch.fft.ifft(torch.fft.ifftshift(kspace, dim=-2), dim=-2, norm="ortho"), dim=-2)
+    image = centre_crop(image, (rows, kspace.shape[-1]))
+    return torch.fft.fftshift(torch.fft.fft(torch.fft.ifftshift(image, dim=-2), dim=-2, norm="ortho"), dim=-2)
+
+
+def centre_crop(image: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Crop images (..., y, x) about their centre, as ``fastmri.data.transforms.center_crop``.
+
+    An axis shorter than asked is padded with zeros instead, such that cropping it back gives the image again.
+    """
+    for axis, size in zip((-2, -1), shape):
+        n = image.shape[axis]
+        if n >= size:
+            image = image.narrow(axis, (n - size) // 2, size)
+        else:
+            before = (size - n) // 2
+            margins = (before, size - n - before)
+            image = torch.nn.functional.pad(image, margins if axis == -1 else (0, 0, *margins))
+    return image
+
+
+def normalise_mask(mask: np.ndarray, shape: tuple[int, int, int, int], *, path: Path | None = None) -> np.ndarray:
+    """Bring a stored mask to bool (1 or slices, 1 or ky, kx); ky becomes 1 where all rows are alike.
+
+    Raises
+    ------
+    InputError
+        If the mask fits neither the columns nor the matrix of k-space, is not finite, or samples nothing.
+    """
+    slices, _, rows, columns = shape
+    flat = np.squeeze(mask)
+    if mask.ndim == 3 and mask.shape[0] == slices and mask.shape[1] in (1, rows) and mask.shape[2] == columns:
+        result = mask
+    elif flat.shape == (columns,):
+        result = flat[None, None]
+    elif flat.shape == (rows, columns):
+        result = flat[None]
+    else:
+        raise InputError(
+            f"mask has shape {mask.shape}, but kspace has {columns} columns (and {rows} rows)",
+            mend=f"store a mask of length {columns}",
+            path=path,
+        )
+    if result.dtype.kind not in "buif" or not np.isfinite(result).all():
+        raise InputError("mask is not made of 0 and 1", mend="store it as bool or uint8", path=path)
+    result = result != 0
+    if not result.any((1, 2)).all():
+        raise InputError("mask samples nothing", mend="store True where k-space was sampled", path=path)
+    return result[:, :1] if (result == result[:, :1]).all() else result
+
+
+def write_scan(
+    path: str | Path,
+    kspace: Tensor | np.ndarray,
+    *,
+    mask: Tensor | np.ndarray | None = None,
+    target: Tensor | np.ndarray | None = None,
+    header: Header | str | None = None,
+    attributes: Mapping[str, Any] | None = None,
+    compress: bool = False,
+) -> None:
+    """Write a scan in the fastMRI layout, whole or not at all; an existing file is replaced.
+
+    Parameters
+    ----------
+    path
+        The file.
+    kspace
+        Complex (slices, coil, ky, kx), or (slices, ky, kx) for a single coil; written slice by slice.
+    mask
+        (kx,) or (ky, kx) for all slices, or (slices, 1 or ky, kx).
+    target
+        Reference images (slices, y, x): ``reconstruction_rss``, or ``reconstruction_esc`` for a single coil.
+    header
+        ISMRMRD header as XML or in short; without one it is made for the shape of k-space and target.
+    attributes
+        Added to acquisition, patient_id and, with a target, max and norm.
+    compress
+        Whether to compress k-space (gzip, one chunk a coil).
+
+    Raises
+    ------
+    InputError
+        If the mask does not fit k-space.
+    ValueError
+        If k-space or target has the wrong number of axes, or k-space is not complex.
+    """
+    path, shape = Path(path), tuple(kspace.shape)
+    first = _array(kspace[0])
+    if len(shape) not in (3, 4) or not np.iscomplexobj(first):
+        raise ValueError(f"kspace must be complex {LAYOUT}, got {first.dtype} {shape}")
+    if target is not None and (target.ndim != 3 or len(target) != shape[0]):
+        raise ValueError(f"target must be ({shape[0]}, y, x), got {tuple(target.shape)}")
+    full = (shape[0], 1, *shape[1:]) if len(shape) == 3 else shape
+    matrix = (int(shape[-2]), int(shape[-1]))
+    if header is None:
+        recon = matrix if target is None else (int(target.shape[1]), int(target.shape[2]))
+        header = Header(matrix, recon, matrix[1] // 2, matrix[1] - 1)
+    told: dict[str, Any] = {"acquisition": "unknown", "patient_id": path.stem}
+    with atomic(path) as part, h5py.File(part, "w") as file:
+        chunks = (*[1] * (len(shape) - 2), *matrix)
+        options: dict[str, Any] = {"chunks": chunks, "compression": "gzip"} if compress else {}
+        dataset = file.create_dataset("kspace", shape, np.complex64, **options)
+        for index in range(shape[0]):
+            dataset[index] = _array(kspace[index]).astype(np.complex64)
+        if mask is not None:
+            normalise_mask(_array(mask), full, path=path)
+            file["mask"] = _array(mask).astype(np.uint8)
+        if target is not None:
+            images = _array(target).astype(np.float32)
+            file["reconstruction_rss" if len(shape) == 4 else "reconstruction_esc"] = images
+            told |= {"max": float(images.max()), "norm": float(np.linalg.norm(images))}
+        file["ismrmrd_header"] = header if isinstance(header, str) else write_header(header)
+        for key, value in (told | dict(attributes or {})).items():
+            file.attrs[key] = value
+
+
+def write_header(header: Header) -> str:
+    """Write a minimal valid ISMRMRD header; pixels are 1 mm wide and the field strength is not told."""
+    from ismrmrd import xsd
+
+    def space(matrix: tuple[int, int]) -> xsd.encodingSpaceType:
+        rows, columns = matrix
+        return xsd.encodingSpaceType(
+            matrixSize=xsd.matrixSizeType(x=rows, y=columns, z=1),
+            fieldOfView_mm=xsd.fieldOfViewMm(x=float(rows), y=float(columns), z=1.0),
+        )
+
+    rows, columns = header.encoded
+    centre = columns // 2 if header.centre is None else header.centre
+    maximum = columns - 1 if header.maximum is None else header.maximum
+    limits = xsd.encodingLimitsType(
+        kspace_encoding_step_0=xsd.limitType(minimum=0, maximum=rows - 1, center=rows // 2),
+        kspace_encoding_step_1=xsd.limitType(minimum=0, maximum=maximum, center=centre),
+    )
+    encoding = xsd.encodingType(
+        encodedSpace=space(header.encoded),
+        reconSpace=space(header.recon),
+        encodingLimits=limits,
+        trajectory=xsd.trajectoryType.CARTESIAN,
+    )
+    conditions = xsd.experimentalConditionsType(H1resonanceFrequency_Hz=0)
+    return xsd.ToXML(xsd.ismrmrdHeader(experimentalConditions=conditions, encoding=[encoding]))
+
+
+def parse_header(xml: bytes | str) -> Header:
+    """Parse an ISMRMRD header, with ismrmrd's own classes or, should they refuse it, element by element.
+
+    Raises
+    ------
+    ValueError
+        If the header is not XML or does not tell both matrix sizes.
+    """
+    from ismrmrd import xsd
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a value that cannot be converted is only warned of
+            encoding = xsd.CreateFromDocument(xml).encoding[0]
+        line = encoding.encodingLimits.kspace_encoding_step_1
+        sizes = [space.matrixSize for space in (encoding.encodedSpace, encoding.reconSpace)]
+        matrices = [(size.x, size.y) for size in sizes]
+        limits = (line.center, line.maximum) if line is not None else (None, None)
+    except Exception:
+        try:
+            root = ElementTree.fromstring(xml)
+        except ElementTree.ParseError as error:
+            raise ValueError(f"not XML: {error}") from error
+
+        def number(*names: str) -> int | None:
+            text = root.findtext("./" + "/".join(f"{{*}}{name}" for name in ("encoding", *names)))
+            return int(text) if text is not None else None
+
+        matrices = [(number(space, "matrixSize", "x"), number(space, "matrixSize", "y")) for space in _SPACES]
+        limits = (number(*_LINES, "center"), number(*_LINES, "maximum"))
+    if any(n is None or n < 1 for matrix in matrices for n in matrix):
+        raise ValueError("no matrix sizes")
+    return Header(matrices[0], matrices[1], *limits)
+
+
+_SPACES = ("encodedSpace", "reconSpace")
+_LINES = ("encodingLimits", "kspace_encoding_step_1")
+
+
+def _read_header(file: h5py.File, path: Path) -> Header | None:
+    if "ismrmrd_header" not in file:
+        _warn(f"{path}: no ismrmrd_header, so the image size is the reference's, or that of kspace", depth=4)
+        return None
+    text = np.asarray(file["ismrmrd_header"][()]).reshape(-1)
+    try:
+        return parse_header(text[0] if len(text) == 1 else text.tobytes())
+    except (ValueError, TypeError) as error:
+        _warn(f"{path}: ismrmrd_header cannot be read ({error}), so it is not used", depth=4)
+        return None
+
+
+def _kspace_shape(file: h5py.File, path: Path) -> tuple[int, int, int, int]:
+    """Check name, type and rank of k-space, and give its shape with a coil axis."""
+    kspace = file.get("kspace")
+    if not isinstance(kspace, h5py.Dataset):
+        raise _misnamed(file, path)
+    if kspace.dtype.kind != "c":
+        kind = "a compound of its parts" if kspace.dtype.kind == "V" else str(kspace.dtype)
+        raise InputError(f"kspace is not complex but {kind}", mend=MEND_COMPLEX, path=path)
+    shape = kspace.shape
+    if len(shape) not in (3, 4):
+        raise InputError(f"kspace has {len(shape)} axes {shape}", mend=f"store it as {LAYOUT}", path=path)
+    if 0 in shape:
+        what = ("slices", "coils", "rows", "columns")[
+            ([*shape[:1], 1, *shape[1:]] if len(shape) == 3 else shape).index(0)
+        ]
+        raise InputError(f"kspace has no {what}, its shape is {shape}", mend="write the file again", path=path)
+    return (shape[0], 1, *shape[1:]) if len(shape) == 3 else shape
+
+
+def _misnamed(file: h5py.File, path: Path) -> InputError:
+    """Make the error for a file without ``kspace``, naming the dataset that was probably meant."""
+    names: list[str] = []
+    file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
+    if "dataset/xml" in names:
+        return InputError("is an ISMRMRD raw file", mend="convert it to the fastMRI layout first", path=path)
+    last = {name.rsplit("/", 1)[-1].lower(): name for name in names}
+    near = difflib.get_close_matches("kspace", last, n=1)
+    if near:
+        return InputError("has no dataset 'kspace'", mend=f"rename {last[near[0]]!r} to 'kspace'", path=path)
+    return InputError("has no dataset 'kspace'", mend=f"it holds {', '.join(names[:8]) or 'no datasets'}", path=path)
+
+
+def _find_target(
+    file: h5py.File, path: Path, shape: tuple[int, int, int, int]
+) -> tuple[str | None, tuple[int, int] | None]:
+    names = ["reconstruction_rss", "reconstruction_esc"]
+    for name in names if file["kspace"].ndim == 4 else reversed(names):
+        dataset = file.get(name)
+        if not isinstance(dataset, h5py.Dataset):
+            continue
+        if dataset.ndim == 3 and len(dataset) == shape[0] and dataset.dtype.kind in "fiu":
+            return name, dataset.shape[1:]
+        _warn(f"{path}: {name} has shape {dataset.shape} for {shape[0]} slices, so it is not a reference", depth=4)
+    return None, None
+
+
+def _is_zero_filled(values: KSpace, target: Tensor) -> bool:
+    """Tell whether the reference (1, y, x) is just the root-sum-of-squares of the undersampled k-space."""
+    zero_filled = centre_crop(ifft2c(values).abs().square().sum(1).sqrt(), (target.shape[-2], target.shape[-1]))
+    return bool((zero_filled - target).norm() <= 1e-3 * target.norm())
+
+
+def _array(values: Tensor | np.ndarray) -> np.ndarray:
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
+def _warn(message: str, *, depth: int = 3) -> None:
+    warnings.warn(message, InputWarning, stacklevel=depth)
