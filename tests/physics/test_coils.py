@@ -1,6 +1,7 @@
 import math
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -313,6 +314,10 @@ def test_chunks_of_rows_do_not_change_the_result(monkeypatch):
         again = espirit(kspace)
         assert torch.allclose(again[0], maps, atol=1e-5)
         assert torch.allclose(again[1], values, atol=1e-5)
+    # the workers' setting is not left behind, here or for threads to come
+    assert torch.get_num_threads() == 2
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == 2
 
 
 def test_double_precision_is_kept():
@@ -327,6 +332,14 @@ def test_double_precision_is_kept():
 def test_scale_does_not_matter(scale):
     kspace, _ = phantom((32, 32))
     assert torch.allclose(espirit(kspace * scale)[0], espirit(kspace)[0], atol=1e-4)
+
+
+def test_a_dead_coil_does_no_harm():
+    kspace, _ = phantom((40, 36), noise=0.01)
+    silent = torch.cat([torch.zeros_like(kspace[:, :1]), kspace], 1)
+    maps, _ = espirit(silent, crop=0)
+    assert maps[:, :, 0].abs().max() < 1e-4
+    assert torch.allclose(maps[:, :, 1:], espirit(kspace, crop=0)[0], atol=1e-3)
 
 
 def test_espirit_refuses_useless_calibration_data():
@@ -361,6 +374,8 @@ def test_calibration_region_in_two_dimensions(rows, columns):
     mask[..., 25, :] = mask[..., ::9, ::9] = True
     assert calibration_region(mask) == (rows, columns)
     assert calibration_region(torch.cat([mask, torch.ones_like(mask)])) == (rows, columns)
+    mask[..., 19:22] = True  # an area of 150, but only three wide
+    assert calibration_region(mask) == ((rows, columns) if columns > 3 else (50, 3))
     assert calibration_region(torch.ones_like(mask)) == (50, 41)
     assert calibration_region(torch.zeros_like(mask)) == (0, 0)
 
@@ -432,6 +447,7 @@ def test_two_sets_only_where_the_image_is_folded():
     assert torch.equal(both[:1, :1], setting(plain, mask))
     assert not both[0, 1].any()
     assert torch.equal(both[1:], setting(folded, mask))
+    assert setting(phantom((64, 64), 8)[0], lines(64, (28, 36))).shape[1] == 1  # kernels of 3 leave a second set some
 
 
 def test_sets_are_checked():
@@ -466,6 +482,9 @@ def test_compression_keeps_energy_and_image():
     assert torch.allclose(energy, values[:, :5].sum(1) / values.sum(1), atol=1e-4)
     strength = fewer.abs().square().sum((2, 3))
     assert (strength.diff(dim=1) < 0).all()
+    largest = matrix.gather(2, matrix.abs().argmax(2, keepdim=True))  # which fixes the phase, and with it the result
+    assert largest.imag.abs().max() < 1e-6
+    assert largest.real.min() > 0
     before, after = (root_sum_of_squares(ifft2c(k)) for k in (kspace, compress_coils(kspace, 8)[0]))
     assert torch.allclose(before, after, atol=1e-4)
     close = root_sum_of_squares(ifft2c(fewer))
