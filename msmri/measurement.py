@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msmri.physics.coils import calibration_region, root_sum_of_squares
+from msmri.physics.fourier import ifft2c
 from msmri.physics.operators import LinearOperator, Subsample
 from msmri.tensors import KSpace, Mask
 
@@ -52,6 +54,24 @@ class Measurement:
     def acceleration(self) -> Tensor:
         """True acceleration (batch,): number of k-space places over number of measured ones."""
         return 1.0 / self.mask.to(torch.float64).mean(dim=(-3, -2, -1))
+
+    def centre_scale(self, *, fraction: float = 20 / 256, quantile: float = 0.99) -> Tensor:
+        """Give the brightness (batch, 1, 1, 1) of the image made from the measured centre of k-space alone.
+
+        The scale every msmri prior works in: the 99th percentile of the root-sum-of-squares image of the central
+        columns (20 of 256, the centre of every MSM mask, whatever else was measured), so that neither the
+        acceleration nor anything unmeasured enters it.
+        """
+        rows, columns = calibration_region(self.mask, (self.values.shape[-2], self.values.shape[-1]))
+        height, width = self.values.shape[-2:]
+        columns = min(max(columns, 1), max(round(fraction * width), 1))
+        rows = height if rows >= height else max(rows, 1)
+        top, left = height // 2 - rows // 2, width // 2 - columns // 2
+        centre = torch.zeros_like(self.values)
+        block = (..., slice(top, top + rows), slice(left, left + columns))
+        centre[block] = self.values[block]
+        image = root_sum_of_squares(ifft2c(centre)).flatten(1)
+        return torch.quantile(image, quantile, dim=1).clamp_min(torch.finfo(image.dtype).tiny)[:, None, None, None]
 
     def scaled(self, scale: Tensor) -> "Measurement":
         """Return the same measurement in units of ``scale`` (batch, 1, 1, 1) times the present ones."""

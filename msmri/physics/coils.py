@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from msmri.physics.fourier import ifft2c
 from msmri.tensors import Image, KSpace, Maps, Mask
 
 Reference = Literal["principal", "first"]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _SMALLEST_KERNEL = 3
 _SQUARINGS = 16  # 2**16 power iterations at most: eigenvalues closer than one part in 10 000 need not be told apart
@@ -194,8 +196,8 @@ def espirit(
     """Estimate coil sensitivities from the centre of k-space by ESPIRiT. Uecker et al. 2014, eqs. 11-25.
 
     Every slice is treated by itself. The Gram matrices of the kernels are evaluated directly from their Fourier
-    series a few rows at a time, so that beyond the result the memory is about six stacks of coil-by-coil matrices
-    of 4 MB (256 MB on a GPU), or of one row of pixels where that is more.
+    series a few rows at a time, so that beyond the result the memory is, for each thread, about six stacks of
+    coil-by-coil matrices of 4 MB (of 256 MB on a GPU, one thread), or of one row of pixels where that is more.
 
     Parameters
     ----------
@@ -241,60 +243,62 @@ def espirit(
     eigenvalues = maps.real.new_zeros(n_batch, sets, n_rows, n_columns)
     waves_y = _waves(n_rows, kernel_width).to(maps)
     waves_x = _waves(n_columns, kernel_width).to(maps)
+    # many small operations: they are shared among threads by the slice and the piece, and never split themselves
+    correlations = _on_threads(lambda values: _kernel_correlation(values, kernel_width, threshold), list(block))
+    references = _on_threads(lambda values: _phase_reference(values, phase_reference), list(block))
+    series = [correlation.to(maps) for correlation in correlations]
+    on_cpu = maps.device.type == "cpu"
+    step = (_CPU_BYTES if on_cpu else _GPU_BYTES) // (n_columns * n_coils**2 * maps.element_size())
+    starts = range(0, n_rows, max(1, step))
+    pieces = [(i, slice(y, y + starts.step)) for i in range(n_batch) for y in starts]
+
+    def fill(piece: tuple[int, slice]) -> None:
+        i, rows = piece
+        lines = torch.einsum("yd,dep->yep", waves_y[rows], series[i].flatten(2))
+        values, vectors = _eigenpairs((waves_x @ lines).reshape(-1, n_coils, n_coils), sets)
+        eigenvalues[i, :, rows] = values.mT.reshape(sets, -1, n_columns)
+        maps[i, :, :, rows] = vectors.permute(1, 2, 0).reshape(sets, n_coils, -1, n_columns)
+
+    _on_threads(fill, pieces, n_threads=None if on_cpu else 1)
     for i in range(n_batch):
-        series = _kernel_correlation(block[i], kernel_width, threshold).to(maps)
-
-        def fill(rows: slice, i: int = i, series: Tensor = series) -> None:
-            lines = torch.einsum("yd,dep->yep", waves_y[rows], series.flatten(2))
-            values, vectors = _eigenpairs((waves_x @ lines).reshape(-1, n_coils, n_coils), sets)
-            eigenvalues[i, :, rows] = values.mT.reshape(sets, -1, n_columns)
-            maps[i, :, :, rows] = vectors.permute(1, 2, 0).reshape(sets, n_coils, -1, n_columns)
-
-        _for_rows(fill, maps[i])
-        reference = _phase_reference(block[i], phase_reference)
-        phase = torch.einsum("c,scyx->syx", reference.conj(), maps[i]).angle()
+        phase = torch.einsum("c,scyx->syx", references[i].conj(), maps[i]).angle()
         maps[i] *= torch.polar(torch.ones_like(phase), -phase)[:, None]
     if crop > 0:
         maps *= (eigenvalues > crop)[:, :, None]
     return maps, eigenvalues
 
 
-def _for_rows(fill: Callable[[slice], None], maps: Tensor) -> None:
-    """Call ``fill`` for all rows of maps (set, coil, y, x), a few at a time.
+def _on_threads(task: Callable[[Item], Result], items: list[Item], n_threads: int | None = None) -> list[Result]:
+    """Do a task for all items on as many threads as torch uses (or ``n_threads``), torch using one thread in each.
 
-    On a CPU the pieces are shared among as many threads as torch uses, one thread a piece: the operations on a piece
-    are too short to be worth splitting and waiting for each other.
+    Splitting each short operation instead makes all threads wait for each other thousands of times, which costs
+    several times the work itself when another program has one of the cores.
     """
-    on_cpu = maps.device.type == "cpu"
-    _, n_coils, n_rows, n_columns = maps.shape
-    matrices = _CPU_BYTES if on_cpu else _GPU_BYTES
-    step = max(1, matrices // (n_columns * n_coils**2 * maps.element_size()))
-    pieces = [slice(y, min(y + step, n_rows)) for y in range(0, n_rows, step)]
-    n_threads = torch.get_num_threads()
-    if not on_cpu or n_threads == 1 or len(pieces) == 1:
-        for piece in pieces:
-            fill(piece)
-        return
+    torch_threads = torch.get_num_threads()
+    n_threads = torch_threads if n_threads is None else n_threads
+    if n_threads == 1:
+        return [task(item) for item in items]
 
     @torch.no_grad()  # which holds for one thread only, like the number of threads
-    def work(piece: slice) -> None:
+    def alone(item: Item) -> Result:
         torch.set_num_threads(1)
-        fill(piece)
+        return task(item)
 
     try:
-        with ThreadPoolExecutor(min(n_threads, len(pieces))) as pool:
-            list(pool.map(work, pieces))
+        with ThreadPoolExecutor(min(n_threads, len(items))) as pool:
+            return list(pool.map(alone, items))
     finally:
-        torch.set_num_threads(n_threads)  # what threads to come will start with
+        torch.set_num_threads(torch_threads)  # what threads to come will start with
 
 
 def _check_block(block: Tensor) -> None:
     """Refuse calibration data from which nothing can be learned."""
     for i, values in enumerate(block):
+        place = f" of slice {i}" if len(block) > 1 else ""
         if not bool(torch.isfinite(torch.view_as_real(values)).all()):
-            raise InputError(f"the centre of k-space of slice {i} holds NaN or infinite values")
+            raise InputError(f"the centre of k-space{place} holds NaN or infinite values")
         if not bool(values.any()):
-            raise InputError(f"the centre of k-space of slice {i} is all zero", mend="leave this slice out")
+            raise InputError(f"the centre of k-space{place} is all zero", mend="leave this slice out")
 
 
 def _principal_coils(block: Tensor) -> Tensor:

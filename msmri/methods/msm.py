@@ -1,0 +1,399 @@
+"""Measurement score-based diffusion (MSM): partial denoisers, their aggregation, posterior sampling."""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, Self
+
+import torch
+from torch import Generator, Tensor
+
+from msmri.errors import InputError
+from msmri.measurement import Measurement, Reconstruction
+from msmri.methods import combine_sets
+from msmri.model.denoiser import Denoiser, VPSchedule
+from msmri.physics.coils import estimate_noise_std
+from msmri.physics.masks import RandomLines, covering
+from msmri.physics.operators import CoilFourier, Composed, Identity, LinearOperator, Subsample
+from msmri.sampling import schedule
+from msmri.sampling.likelihood import gradient_step, project, proximal
+from msmri.sampling.reverse import Step, reverse_diffusion
+from msmri.tensors import KSpace, Mask, Rng, Sigma, normal_like
+
+REFERENCE = """@inproceedings{park2026measurement,
+  title = {Measurement Score-Based Diffusion Model},
+  author = {Park, Chicago Y. and Shoushtari, Shirin and An, Hongyu and Kamilov, Ulugbek S.},
+  booktitle = {International Conference on Learning Representations}, year = {2026}, note = {arXiv:2505.11853}
+}"""
+NOISE_FLOOR = 1e-3  # least std of measured lines, in scaled units: no network was trained below
+DATA_WEIGHT = {"proximal": 30.0, "gradient": 2.0, "none": 0.0}
+PAPER: Mapping[str, Any] = {
+    "steps": 200,
+    "schedule": "vp",
+    "sigma_max": float("inf"),
+    "sigma_min": 0.0,
+    "masks_per_step": 3,
+    "covering": False,
+    "eta": 0.85,
+    "renewal": "constant",
+    "likelihood": "gradient",
+    "data_weight": 2.0,
+    "start": "noise",
+    "include_measured": False,
+    "samples": 1,
+}
+PRESETS: Mapping[str, Mapping[str, Any]] = {"default": {}, "paper": PAPER}
+
+
+class PartialDenoiser(Protocol):
+    """What MSM learns: an estimate of the clean measurement from a noisy part of it."""
+
+    def __call__(self, state: KSpace, mask: Mask, encoding: LinearOperator, sigma: Sigma) -> KSpace:
+        """Estimate E[clean measurement | state on the mask], on the mask and zero elsewhere.
+
+        ``sigma`` is the std of each real component, (batch, 1, 1 or ky, 1 or kx). It may vary by line: measured lines
+        carry the scanner's noise while those being generated carry the diffusion's. Outside the mask nothing is read.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ImagePartial:
+    """The partial denoiser around an image denoiser, ``D_S(z, sigma) = S E D(E^H S z, sigma)``. Park et al. 2025.
+
+    What the published weights need. A network with one noise level is told the highest on the mask.
+    """
+
+    denoiser: Denoiser  # E[image | noisy image], such as EpsilonVP around the published network
+
+    def __call__(self, state: KSpace, mask: Mask, encoding: LinearOperator, sigma: Sigma) -> KSpace:
+        """Apply the equation above."""
+        select = Subsample(mask)
+        highest = torch.where(mask, sigma, torch.zeros_like(sigma)).amax((-3, -2, -1), keepdim=True)
+        return select(encoding(self.denoiser.denoise(encoding.adjoint(select(state)), highest)))
+
+
+def aggregate(
+    partial: PartialDenoiser,
+    step: Step,
+    masks: Tensor,
+    encoding: LinearOperator,
+    sigma: Sigma,
+    mode: Literal["parallel", "sequential"] = "parallel",
+    *,
+    rng: Rng | None = None,
+    eta: float | Tensor = 1.0,
+    repeated: LinearOperator | None = None,
+) -> KSpace:
+    """Average partial estimates where their masks overlap: ``W sum_i S_i^T D_{S_i}(z)``. Park et al. 2025, Algorithm 1.
+
+    W = 1 / max(sum_i S_i, 1). Places that no mask reached keep ``step.estimate``.
+
+    Parameters
+    ----------
+    masks
+        Bool (w, batch, 1, 1 or ky, kx).
+    sigma
+        Noise of ``step.state``, (batch or 1, 1, 1 or ky, 1 or kx).
+    mode
+        "parallel": all masks see the same state, as one batch of w times as many samples. "sequential": one after
+        another, each noising what it estimated anew, to the same level, before the next looks at it, by the rule of
+        :func:`reverse_diffusion` with ``rng`` and ``eta``; without ``rng``, or with eta = 0, both modes agree.
+    eta
+        Share of fresh noise; a tensor broadcast against the state may spare lines that are known.
+    repeated
+        ``encoding`` for w copies of the batch one after another, where the caller keeps it; made here without.
+    """
+    w, batch = masks.shape[:2]
+    sigma = sigma.expand(batch, *sigma.shape[-3:])
+    if mode == "parallel":
+        wide = _take(encoding, torch.arange(batch).repeat(w)) if repeated is None else repeated
+        state = step.state.repeat(w, 1, 1, 1)
+        estimates = partial(state, masks.flatten(0, 1), wide, sigma.repeat(w, 1, 1, 1))
+        total = Subsample(masks)(estimates.reshape(w, *step.state.shape)).sum(0)
+    else:
+        state, total = step.state, torch.zeros_like(step.state)
+        fresh = torch.as_tensor(eta, dtype=sigma.dtype, device=sigma.device)
+        for i, mask in enumerate(masks):
+            estimate = Subsample(mask)(partial(state, mask, encoding, sigma))
+            total = total + estimate
+            if i + 1 < w and rng is not None:
+                kept = (1 - fresh.square()).sqrt() * (state - estimate)
+                state = torch.where(mask, estimate + kept + fresh * sigma * normal_like(state, rng), state)
+    count = masks.sum(0)
+    return torch.where(count > 0, total / count.clamp_min(1), step.estimate)
+
+
+@dataclass(frozen=True)
+class MSM:
+    """Sample images from the posterior under a prior learned from undersampled measurements. Park et al. 2025.
+
+    Inside, k-space is divided by ``measurement.centre_scale()``; sigmas and weights are in those units. ``preset``
+    gives the published algorithm ("paper") or this project's ("default", the defaults below).
+    """
+
+    prior: str | Path | PartialDenoiser | Denoiser | None = None  # weights file or a denoiser; None: the shipped prior
+    samples: int = 4  # drawn for each slice; their mean is the image, their std the uncertainty
+    steps: int = 30  # noise levels
+    sigma_max: float = 1.0  # highest noise level; cuts the ladder of schedule "vp"
+    sigma_min: float = 0.01  # lowest noise level before 0; cuts the ladder of schedule "vp"
+    schedule: Literal["karras", "vp"] = "karras"  # EDM's ladder (rho 7), or every n-th of the levels trained on
+    masks_per_step: int = 3  # w: network passes a step, each on a mask of its own
+    acceleration: float = 4.0  # of the sampling masks (random lines): that of the masks trained on
+    covering: bool = True  # deal the masks of a step so that they reach most lines together; False: independent
+    include_measured: bool = True  # put the measured lines, with their own noise, into every mask
+    aggregate: Literal["parallel", "sequential"] = "parallel"  # how the masks of a step are run
+    likelihood: Literal["proximal", "gradient", "none"] = "proximal"  # how estimates are corrected by the data
+    data_weight: float | Literal["noise"] | None = None  # pull of the data: 1 / mu of "proximal", gamma of "gradient";
+    # "noise": mu = (noise_std / sigma)^2; None: 30 and 2
+    iterations: int = 8  # conjugate-gradient steps of "proximal"
+    project: bool = False  # remove from each estimate what no image can produce; "proximal" always does
+    eta: float = 1.0  # share of fresh noise a step, 0 .. 1
+    noise: Literal["ancestral", "constant"] = (
+        "ancestral"  # fresh noise as the step needs it (spread kept), or always eta
+    )
+    start: Literal["warm", "noise"] = "warm"  # CG-SENSE plus noise of sigma_max, or noise alone
+    batch: int = 4  # samples that go through the network at once, each with its masks_per_step masks if in parallel
+
+    name: ClassVar[str] = "msm"
+    reference: ClassVar[str] = REFERENCE
+    tunable: ClassVar[Mapping[str, tuple[float, ...]]] = {"data_weight": (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)}
+
+    def __post_init__(self) -> None:
+        for field in ("samples", "steps", "masks_per_step", "iterations", "batch"):
+            if getattr(self, field) < 1:
+                raise InputError(f"msm cannot use {field}={getattr(self, field)}", mend="give 1 or more")
+        for field, known in CHOICES.items():
+            if getattr(self, field) not in known:
+                raise InputError(f"msm: unknown {field} '{getattr(self, field)}'", mend=f"one of {', '.join(known)}")
+        if not 0 <= self.eta <= 1:
+            raise InputError(f"msm cannot use eta={self.eta}", mend="give 0 .. 1")
+        lowest = 0 if self.schedule == "vp" else 1e-12
+        if not lowest <= self.sigma_min < self.sigma_max:
+            raise InputError(
+                f"msm cannot use sigma_min={self.sigma_min}, sigma_max={self.sigma_max}",
+                mend="give 0 < sigma_min < sigma_max",
+            )
+        if self.schedule == "karras" and self.sigma_max == float("inf"):
+            raise InputError("msm cannot use sigma_max=inf with schedule 'karras'", mend="give a number such as 1.0")
+        if self.likelihood == "gradient" and self.data_weight == "noise":
+            raise InputError("msm: data_weight 'noise' is for likelihood 'proximal'", mend="give a number such as 2")
+        if isinstance(self.data_weight, (int, float)) and not self.data_weight > 0:
+            raise InputError(f"msm cannot use data_weight={self.data_weight}", mend="give a positive number")
+        RandomLines(self.acceleration)
+
+    @classmethod
+    def preset(cls, name: str = "default", **changes: Any) -> Self:
+        """Make the method called ``name``, "default" or "paper", with the fields in ``changes`` replaced.
+
+        Raises
+        ------
+        InputError
+            If there is no such preset.
+        """
+        if name not in PRESETS:
+            raise InputError(f"msm has no preset '{name}'", mend=f"one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **changes})
+
+    def __call__(self, measurement: Measurement, rng: Rng) -> Reconstruction:
+        """Draw ``samples`` images of every slice: (batch, sample, y, x) in the file's units.
+
+        The result depends on the generator of each slice alone, not on the batch it is in nor on ``batch``.
+        """
+        begin = time.perf_counter()
+        problem = _Problem.of(measurement)
+        images, taken = [], 0
+        for encoding, step in self._run(problem, rng):
+            taken += len(step.state)
+            if not step.sigma > 0:
+                images.append(encoding.adjoint(step.estimate))
+        stack = torch.cat(images).reshape(len(problem.values), self.samples, *images[0].shape[1:])
+        details = {
+            "NFE": self.masks_per_step * taken // (len(stack) * self.samples),
+            "steps": taken // (len(stack) * self.samples),
+            "samples": self.samples,
+            "seconds": time.perf_counter() - begin,
+            "noise_std": (problem.noise * problem.scale).flatten().tolist(),
+        }
+        unit = (problem.scale * measurement.scale)[:, None]
+        return Reconstruction(combine_sets(stack * unit), details)
+
+    def iterate(self, measurement: Measurement, rng: Rng) -> Iterator[Step]:
+        """Do what a call does and yield every step, in scaled k-space (sample, coil, ky, kx), for progress and figures.
+
+        Samples are numbered slice by slice and come ``batch`` at a time, each group down the whole ladder to sigma 0.
+        """
+        for _, step in self._run(_Problem.of(measurement), rng):
+            yield step
+
+    @cached_property
+    def _loaded(self) -> "dict[str, PartialDenoiser]":
+        return {}
+
+    def _partial(self, device: torch.device) -> PartialDenoiser:
+        """Give the prior as a partial denoiser, loaded once a device."""
+        found: Any = self.prior
+        if found is None or isinstance(found, (str, Path)):
+            if (known := self._loaded.get(str(device))) is not None:
+                return known
+            from msmri.model.prior import load_prior
+
+            found = load_prior(found, device=device)
+        partial: PartialDenoiser = ImagePartial(found) if hasattr(found, "denoise") else found
+        self._loaded[str(device)] = partial
+        return partial
+
+    def _ladder(self, partial: PartialDenoiser) -> Tensor:
+        if self.schedule == "karras":
+            return schedule.karras(self.sigma_max, self.sigma_min, self.steps)
+        trained = getattr(getattr(partial, "denoiser", partial), "sigmas", None)
+        sigmas = schedule.vp(self.steps, VPSchedule().sigmas if trained is None else trained)
+        sigmas = sigmas[(sigmas <= self.sigma_max) & (sigmas >= self.sigma_min)]
+        if len(sigmas) == 0:
+            raise InputError("msm: no level of schedule 'vp' is between sigma_min and sigma_max", mend="widen them")
+        return sigmas
+
+    def _run(self, problem: "_Problem", rng: Rng) -> Iterator[tuple[LinearOperator, Step]]:
+        """Yield every step of every group of samples, with the encoding of the group."""
+        n_slices = len(problem.values)
+        if len(rng) != n_slices:
+            raise ValueError(f"{n_slices} slices need as many generators, got {len(rng)}")
+        partial = self._partial(problem.values.device)
+        streams = [_spawn(generator) for generator in rng for _ in range(self.samples)]
+        index = torch.arange(n_slices).repeat_interleave(self.samples)
+        for first in range(0, len(streams), self.batch):
+            chosen = slice(first, first + self.batch)
+            group = problem.take(index[chosen])
+            with torch.inference_mode():  # not around the yield: the caller's own code is not ours to change
+                run = self._sample(partial, group, streams[chosen])
+                step = next(run, None)
+            while step is not None:
+                yield group.encoding, step
+                with torch.inference_mode():
+                    step = next(run, None)
+
+    def _sample(self, partial: PartialDenoiser, problem: "_Problem", rng: Rng) -> Iterator[Step]:
+        """Run one group of samples down the ladder."""
+        values, measured, encoding, noise = problem.values, problem.mask, problem.encoding, problem.noise
+        batch, shape = len(values), (values.shape[-2], values.shape[-1])
+        sigmas = self._ladder(partial)
+        law = RandomLines(self.acceleration)
+        repeated = _take(encoding, torch.arange(batch).repeat(self.masks_per_step))
+        nothing = torch.zeros((), dtype=torch.bool, device=values.device)
+        included = measured if self.include_measured else nothing
+
+        def draw(generator: Generator, known: Mask) -> Tensor:
+            if self.covering:
+                include = known if self.include_measured else None
+                return covering(law, shape, self.masks_per_step, generator, include=include).to(values.device)
+            masks = torch.stack([law.draw(shape, generator) for _ in range(self.masks_per_step)])
+            return masks.to(values.device) | (known if self.include_measured else nothing)
+
+        def estimate(step: Step) -> KSpace:
+            masks = torch.stack([draw(generator, known) for generator, known in zip(rng, measured, strict=True)], 1)
+            sigma = step.sigma.reshape(1, 1, 1, 1)
+            if self.include_measured:
+                step = step._replace(state=torch.where(measured, values, step.state))
+                sigma = torch.where(included, noise, sigma)
+            fresh = torch.where(included, 0.0, self.eta)
+            clean = aggregate(
+                partial, step, masks, encoding, sigma, self.aggregate, rng=rng, eta=fresh, repeated=repeated
+            )
+            if self.project and self.likelihood != "proximal":
+                clean = project(clean, encoding)
+            if self.likelihood == "gradient":  # what no mask reached was corrected when it was estimated
+                mended = gradient_step(clean, values, Subsample(measured), self._weight)
+                return torch.where(masks.any(0), mended, clean)
+            if self.likelihood == "proximal":
+                mu = (noise / step.sigma).square() if self.data_weight == "noise" else 1 / self._weight
+                return proximal(clean, values, measured, encoding, weight=mu, iterations=self.iterations)[0]
+            return clean
+
+        first = torch.zeros_like(values)
+        if self.start == "warm":  # CG-SENSE
+            first, _ = proximal(first, values, measured, encoding, weight=3e-3, iterations=30)
+        eta = schedule.ancestral(sigmas, self.eta) if self.renewal == "ancestral" else self.eta
+        begin = first + float(sigmas[0]) * normal_like(first, rng)
+        yield from reverse_diffusion(estimate, begin, sigmas, rng=rng, eta=eta, first_estimate=first)
+
+    @property
+    def _weight(self) -> float:
+        weight = self.data_weight
+        return weight if isinstance(weight, (int, float)) else DATA_WEIGHT[self.likelihood]
+
+
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "schedule": ("karras", "vp"),
+    "aggregate": ("parallel", "sequential"),
+    "likelihood": ("proximal", "gradient", "none"),
+    "renewal": ("ancestral", "constant"),
+    "start": ("warm", "noise"),
+}
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """What sampling needs of a measurement, in scaled units, nothing outside the mask left in it."""
+
+    values: KSpace
+    mask: Mask  # one a slice
+    encoding: LinearOperator
+    noise: Tensor  # std of each real component of measured values, (batch, 1, 1, 1)
+    scale: Tensor  # (batch, 1, 1, 1)
+
+    @classmethod
+    def of(cls, measurement: Measurement) -> "_Problem":
+        """Scale a measurement by its own centre lines and find its noise."""
+        if measurement.encoding is None:
+            where = measurement.source[0] if measurement.source else None
+            raise InputError("msm needs coil maps", mend="estimate them first (ESPIRiT)", path=where)
+        mask = measurement.mask.expand(len(measurement.values), *measurement.mask.shape[1:])
+        values = Subsample(mask)(measurement.values)
+        scale = replace(measurement, values=values, mask=mask).centre_scale()
+        values = values / scale
+        if not bool(torch.isfinite(values.abs()).all()):
+            where = measurement.source[0] if measurement.source else None
+            raise InputError("k-space holds NaN or infinite values, or nothing at all", path=where)
+        noise = torch.as_tensor(measurement.noise_std, dtype=scale.dtype, device=scale.device)
+        noise = noise.reshape(-1, 1, 1, 1) / scale
+        if not bool((noise > 0).all()):
+            noise = torch.where(noise > 0, noise, estimate_noise_std(values, mask).reshape(-1, 1, 1, 1))
+        return cls(values, mask, measurement.encoding, noise.clamp_min(NOISE_FLOOR), scale)
+
+    def take(self, index: Tensor) -> "_Problem":
+        """Give the slices at ``index``, in that order."""
+        on_device = index.to(self.values.device)
+        return _Problem(
+            self.values[on_device],
+            self.mask[on_device],
+            _take(self.encoding, index),
+            self.noise[on_device],
+            self.scale[on_device],
+        )
+
+
+def _spawn(generator: Generator) -> Generator:
+    """Start an independent stream of random numbers from another."""
+    return torch.Generator().manual_seed(int(torch.randint(0, 2**62, (), generator=generator)))
+
+
+def _take(operator: LinearOperator, index: Tensor) -> LinearOperator:
+    """Give the operator for the samples at ``index`` of its batch; one that all samples share stays as it is."""
+    if isinstance(operator, Composed):
+        return Composed(_take(operator.outer, index), _take(operator.inner, index))
+    if isinstance(operator, CoilFourier):
+        return replace(operator, maps=_rows(operator.maps, 5, index))
+    if isinstance(operator, Subsample):
+        return replace(operator, mask=_rows(operator.mask, 4, index))
+    if isinstance(operator, Identity) or bool((index == 0).all()):
+        return operator
+    raise InputError(f"msm cannot split a batch of {type(operator).__name__}", mend="give one slice at a time")
+
+
+def _rows(values: Tensor, ndim: int, index: Tensor) -> Tensor:
+    """Take rows of the first of ``ndim`` axes; one row that serves all stays one."""
+    if values.ndim < ndim or values.shape[0] == 1:
+        return values
+    return values[index[:1]] if bool((index == index[0]).all()) else values[index.to(values.device)]

@@ -1,0 +1,96 @@
+"""The training losses of MSM: only measured k-space enters them."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Generator, Tensor, nn
+
+from msmri.measurement import Measurement
+from msmri.tensors import normal_like
+
+
+class Loss(Protocol):
+    """What a method asks of the training loop."""
+
+    def __call__(self, model: nn.Module, batch: Measurement, rng: Generator) -> Tensor:
+        """Return a scalar loss; every random draw comes from ``rng``."""
+
+
+def _streams(rng: Generator, n: int) -> list[Generator]:
+    seeds = torch.randint(0, 2**62, (n,), generator=rng)
+    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+
+
+@dataclass(frozen=True)
+class NoiselessMSM:
+    """The paper's loss without measurement noise: w(t) || s - S E x0 ||^2 on the slice's own mask.
+
+    Park et al. 2025, eq. for rho = 0: all measured lines s are diffused to s + sigma n and predicted by the partial
+    denoiser; w = 1 / sigma^2. Sigma is drawn from the variance-preserving ladder, uniformly in its step.
+    """
+
+    sigma_min: float = 0.01  # smallest sigma, in units of the scaled image
+    sigma_max: float = 157.0  # largest sigma, the end of the linear-beta ladder
+
+    def __call__(self, model: nn.Module, batch: Measurement, rng: Generator) -> Tensor:
+        """Return the weighted squared error per measured real component."""
+        n = len(batch.values)
+        position = torch.rand(n, generator=rng)
+        low, high = torch.tensor(self.sigma_min).log(), torch.tensor(self.sigma_max).log()
+        sigma = (low + position * (high - low)).exp().reshape(-1, 1, 1, 1).to(batch.values.device)
+        state = batch.values + sigma * normal_like(batch.values, _streams(rng, n))
+        state = torch.where(batch.mask, state, torch.zeros((), dtype=state.dtype, device=state.device))
+        error = torch.where(batch.mask, model(state, batch.mask, batch.encoding, sigma) - batch.values, 0)
+        count = batch.mask.expand_as(error.real).flatten(1).sum(1)
+        return (error.abs().square().flatten(1).sum(1) / (2 * count) / sigma.flatten().square()).mean()
+
+
+@dataclass(frozen=True)
+class LinewiseMSM:
+    """Conditional partial scores: some measured lines stay as they are, the others are diffused and predicted.
+
+    Of the lines of a slice's own mask a random part is called observed and keeps the scanner's noise; the rest carries
+    diffusion noise sigma, and the loss asks only for them. The network so learns E[unknown lines | noisy unknown
+    lines, clean known lines], the conditional score that posterior sampling needs, from R-fold undersampled data alone.
+    At large sigma this is self-supervision by data splitting (Yaman et al. 2020), at small sigma denoising.
+    Every item is weighted by the inverse of its expected error under the stationary Gaussian prior, known beforehand.
+    """
+
+    hidden_min: float = 0.05  # smallest share of the outer lines that is diffused
+    hidden_max: float = 0.6  # largest
+    everything: float = 0.1  # share of items in which all lines are diffused, the centre too, as for generation
+    blind: float = 0.4  # share of items at the largest sigma: the one-step estimate from the observed lines
+    sigma_min: float = 0.005  # in units of the scaled image
+    sigma_max: float = 10.0  # the largest, at which a line says nothing
+    least_noise: float = 1e-3  # floor of the scanner noise level
+
+    def __call__(self, model: nn.Module, batch: Measurement, rng: Generator) -> Tensor:
+        """Return the squared error on the diffused lines over its expectation."""
+        values, mask = batch.values, batch.mask
+        n, device = len(values), values.device
+        lines = mask.any(-2, keepdim=True)  # (b, 1, 1, kx)
+        width = lines.shape[-1]
+        centre = torch.zeros(width, dtype=torch.bool)
+        n_centre = max(4, round(width * 20 / 256))
+        centre[width // 2 - n_centre // 2 : width // 2 - n_centre // 2 + n_centre] = True
+        share = self.hidden_min + (self.hidden_max - self.hidden_min) * torch.rand(n, 1, 1, 1, generator=rng)
+        hidden = (torch.rand(n, 1, 1, width, generator=rng) < share) & ~centre
+        hidden |= torch.rand(n, 1, 1, 1, generator=rng) < self.everything
+        hidden = hidden.to(device) & lines
+        low, high = torch.tensor(self.sigma_min).log(), torch.tensor(self.sigma_max).log()
+        sigma = (low + torch.rand(n, 1, 1, 1, generator=rng) * (high - low)).exp()
+        sigma = torch.where(torch.rand(n, 1, 1, 1, generator=rng) < self.blind, high.exp(), sigma).to(device)
+        scanner = torch.as_tensor(batch.noise_std, device=device).clamp_min(self.least_noise).expand(n, 1, 1, 1)
+        noise = sigma * normal_like(values, _streams(rng, n))
+        nothing = torch.zeros((), dtype=values.dtype, device=device)
+        state = torch.where(mask, values + torch.where(hidden, noise, nothing), nothing)
+        line_sigma = torch.where(hidden, sigma, scanner)
+        error = torch.where(hidden & mask, model(state, mask, batch.encoding, line_sigma) - values, nothing)
+        prior = model.prior_variance((values.shape[-2], width))
+        expected = prior * sigma.square() / (prior + sigma.square())
+        # energy is shared among the coils: the expectation is that of the sum over coils
+        expected = torch.where(hidden & mask, expected, 0.0).flatten(1).sum(1)
+        floor = torch.where(hidden & mask, scanner.square(), 0.0).expand_as(state.real).flatten(1).sum(1)
+        loss = error.abs().square().flatten(1).sum(1) / 2 / (expected + floor).clamp_min(1e-9)
+        return loss.mean()

@@ -1,0 +1,48 @@
+"""Load a prior: the shipped one, one trained here, or published weights."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from msmri.config import build
+from msmri.errors import InputError
+from msmri.model.checkpoint import load_checkpoint, load_published
+
+SHIPPED = "brain_r4.safetensors"  # in msmri/weights
+
+
+def shipped_prior() -> Path:
+    """Give the path of the demonstration prior that comes with the package."""
+    return Path(str(files("msmri") / "weights" / SHIPPED))
+
+
+def load_prior(path: str | Path | None = None, *, device: str = "cpu", **published: Any) -> nn.Module:
+    """Load a prior from a file: a partial denoiser trained by msmri, or an image denoiser of the published kind.
+
+    Parameters
+    ----------
+    path
+        ``.safetensors`` written by ``msmri train`` or ``msmri.model.checkpoint.convert_published``, or a published
+        ``.pt``; the shipped demonstration prior without one.
+    published
+        Passed to :func:`msmri.model.checkpoint.load_published`, such as ``head_channels``.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be read or does not hold a prior.
+    """
+    path = shipped_prior() if path is None else Path(path)
+    if path.suffix != ".safetensors":
+        return load_published(path, device=device, **published)
+    tensors, header = load_checkpoint(path)
+    if header.get("format") != "msmri-partial":
+        return load_published(path, device=device, **published)
+    model = build(header["recipe"]["model"])
+    try:
+        model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    except RuntimeError as error:
+        raise InputError("the weights do not fit the recipe in their header", path=path) from error
+    return model.to(device).eval().requires_grad_(False)

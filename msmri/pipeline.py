@@ -1,0 +1,486 @@
+"""From files to files: each slice read, undersampled, calibrated once, reconstructed by every method, written, scored."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from msmri.errors import InputError
+from msmri.io.fastmri import Scan, centre_crop, open_scan, undersample
+from msmri.io.output import (
+    ReconstructionWriter,
+    check_writable,
+    environment,
+    fingerprint,
+    read_maps,
+    read_reconstruction,
+    sha256,
+    write_manifest,
+)
+from msmri.measurement import Measurement
+from msmri.methods import Reconstructor
+from msmri.metrics import psnr, scored, ssim
+from msmri.physics.coils import Espirit, compress_coils, estimate_noise_std, root_sum_of_squares
+from msmri.physics.fourier import ifft2c
+from msmri.physics.masks import MaskLaw, slice_seed
+from msmri.physics.operators import CoilFourier
+from msmri.tensors import Mask, generators
+
+SCALE_CONVENTION = "magnitude in the units of the input: orthonormal Fourier transform, coils combined with unit maps"
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How a slice of a file becomes a measurement; the same for every file of a run."""
+
+    law: MaskLaw | Mask | None = None  # undersamples fully sampled scans: a law, or one mask (1, 1 or ky, kx) for all
+    seed: int = 0  # of masks and samples, together with the name of the slice
+    mask_per: Literal["slice", "file"] = "slice"  # a mask drawn for every slice, or one for all slices of a file
+    sets: int | Literal["auto"] = "auto"  # sets of coil maps, see Espirit
+    maps: Path | None = None  # file of coil maps, or directory with one file a scan; without it, ESPIRiT
+    crop_to: int | None = None  # crop k-space to this many rows and columns: a trial at low resolution
+    coils: int | None = None  # compress to this many virtual coils
+    device: str = "cpu"
+
+    def describe(self) -> dict[str, Any]:
+        """Tell all that decides the result, the device not among it."""
+        law: Any = self.law
+        if isinstance(law, MaskLaw):
+            law = {"law": law.name, **{f.name: getattr(law, f.name) for f in dataclasses.fields(law)}}
+            law |= {"one mask for each": self.mask_per}
+        maps = str(self.maps) if self.maps is not None else "ESPIRiT"
+        told = {name: getattr(self, name) for name in ("seed", "sets", "crop_to", "coils")}
+        return {"mask": law, "maps": maps, **told}
+
+
+class Step(NamedTuple):
+    """One slice reconstructed by one method, or found done by an earlier run (``seconds`` is None)."""
+
+    path: Path
+    index: int
+    method: str
+    seconds: float | None
+
+
+@dataclass
+class _Job:
+    """One method on one file."""
+
+    name: str
+    method: Reconstructor
+    output: Path
+    settings: dict[str, Any]
+    writer: ReconstructionWriter | None = None
+    seconds: dict[int, float] = field(default_factory=dict)
+    details: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def manifest(self) -> Path:
+        return self.output.with_suffix(".json")
+
+
+def require_sampling(scan: Scan, preparation: Preparation) -> None:
+    """Check that a scan needs a reconstruction and that nobody undersamples it twice.
+
+    Raises
+    ------
+    InputError
+        If it is fully sampled and no mask is given, or undersampled already and one is given.
+    """
+    if preparation.law is None and not scan.is_undersampled:
+        mend = "give --mask random-lines --acceleration 4 to undersample it and score the result"
+        raise InputError("is fully sampled, so there is nothing to reconstruct", mend=mend, path=scan.path)
+    if preparation.law is not None and scan.is_undersampled:
+        mend = "leave out --mask to reconstruct it as it was measured"
+        raise InputError("is undersampled already, so it cannot be given a mask", mend=mend, path=scan.path)
+
+
+def read_slice(scan: Scan, index: int, preparation: Preparation) -> Measurement:
+    """Read and undersample one slice; no coil maps yet.
+
+    The target (1, y, x) is the file's own, or, where it has none or k-space is cropped, the root-sum-of-squares image
+    of the fully sampled slice; None for undersampled scans without one. Images are compared with it after
+    :func:`to_output`.
+    """
+    measurement = scan.read(index)
+    if preparation.crop_to is not None:
+        measurement = _crop_kspace(measurement, preparation.crop_to)
+    if measurement.target is None and not scan.is_undersampled:
+        image = root_sum_of_squares(ifft2c(measurement.values))
+        measurement = replace(measurement, target=to_output(image, scan, preparation))
+    law = preparation.law
+    if law is not None:
+        if isinstance(law, MaskLaw):
+            name = measurement.source[0] if preparation.mask_per == "slice" else scan.path.name
+            rng = Generator().manual_seed(slice_seed(name, preparation.seed))
+            law = law.draw((measurement.values.shape[-2], measurement.values.shape[-1]), rng)
+        measurement = undersample(measurement, law.reshape(-1, 1, *law.shape[-2:]))
+    if preparation.coils is not None and preparation.coils < measurement.values.shape[1]:
+        measurement = replace(measurement, values=compress_coils(measurement.values, preparation.coils)[0])
+    return measurement
+
+
+def calibrate(measurement: Measurement, scan: Scan, index: int, preparation: Preparation) -> Measurement:
+    """Add noise level and coil maps, both from the measured data of the slice alone, and move it to the device."""
+    values, mask = measurement.values.to(preparation.device), measurement.mask.to(preparation.device)
+    if preparation.maps is None:
+        maps = Espirit(sets=preparation.sets)(values, mask)
+    else:
+        path = maps_file(preparation.maps, scan.path)
+        maps = read_maps(path, index=index)[None].to(values)
+        if maps.shape[2:] != values.shape[1:]:
+            raise InputError(
+                f"maps of {tuple(maps.shape[2:])} (coil, y, x) do not fit k-space of {tuple(values.shape[1:])}",
+                mend="make them with msmri coils and the same --crop-to and --coils",
+                path=path,
+            )
+    noise = estimate_noise_std(values, mask)[:, None, None, None]
+    return replace(measurement, values=values, mask=mask, encoding=CoilFourier(maps), noise_std=noise)
+
+
+def maps_file(maps: Path, scan: Path) -> Path:
+    """Name the file of coil maps that belongs to a scan: ``maps`` itself, or the one of the scan's name inside it."""
+    return maps / f"{scan.stem}.h5" if maps.is_dir() else maps
+
+
+def to_output(image: Tensor, scan: Scan, preparation: Preparation) -> Tensor:
+    """Crop images (..., y, x) to the size that is written: the scan's output, or all of a cropped matrix."""
+    return image if preparation.crop_to is not None else scan.crop_to_output(image)
+
+
+def measurements(path: str | Path, preparation: Preparation, slices: Sequence[int] | None = None) -> list[Measurement]:
+    """Prepare slices of a file, all of them by default, with coil maps and targets: for tuning and for experiments."""
+    with _naming(path), open_scan(path) as scan:
+        require_sampling(scan, preparation)
+        return [
+            calibrate(read_slice(scan, index, preparation), scan, index, preparation)
+            for index in (range(scan.n_slices) if slices is None else slices)
+        ]
+
+
+def cropped_psnr(target: Tensor, image: Tensor) -> float:
+    """PSNR of one slice after cropping the image (y, x) to the size of the target, in dB."""
+    return psnr(target, centre_crop(image, (target.shape[-2], target.shape[-1])))
+
+
+def reconstruct_file(
+    path: str | Path,
+    methods: Mapping[str, Reconstructor],
+    out: str | Path,
+    preparation: Preparation,
+    *,
+    slices: slice | Sequence[int] | None = None,
+    figure_slices: Sequence[int] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    notes: Mapping[str, Any] | None = None,
+) -> Iterator[Step]:
+    """Reconstruct a file with every method, a step at a time.
+
+    Written for each method are ``OUT/METHOD/NAME.h5`` and the manifest ``OUT/METHOD/NAME.json``, and for all of them
+    the figures ``OUT/NAME_sliceK.png``. A failure leaves nothing behind; an interruption (Ctrl-C, or closing this
+    generator) leaves ``OUT/METHOD/NAME.h5.part`` for ``resume``.
+
+    Parameters
+    ----------
+    path
+        A scan in the fastMRI layout.
+    methods
+        The methods by name.
+    out
+        The directory to write into; made where missing.
+    preparation
+        How slices become measurements.
+    slices
+        Which slices; all of them without it.
+    figure_slices
+        Of which slices to draw a figure; the middle one of ``slices`` without it.
+    resume
+        Keep what an interrupted run with the same settings has done, finished files included.
+    overwrite
+        Replace outputs that exist.
+    notes
+        Further entries of the manifests, such as the command.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be used or the output not be written; always names a file.
+    """
+    path, out = Path(path), Path(out)
+    with _naming(path), open_scan(path) as scan:
+        require_sampling(scan, preparation)
+        indices = choose_slices(slices, scan)
+        drawn = [indices[len(indices) // 2]] if figure_slices is None else [i for i in figure_slices if i in indices]
+        common = {"input": sha256(path), "slices": indices, **preparation.describe()}
+        if preparation.maps is not None:
+            common["maps"] = sha256(maps_file(preparation.maps, path))
+        jobs, pending = [], []
+        for name, method in methods.items():
+            job = _Job(name, method, out / name / f"{path.stem}.h5", {**common, **describe_method(name, method)})
+            if job.output.absolute() == path.absolute():
+                raise InputError("the output would replace the input", mend="choose another -o", path=path)
+            jobs.append(job)
+            finished = resume and _is_finished(job)
+            if not finished:
+                check_writable(job.output, overwrite=overwrite or (resume and not job.manifest.exists()))
+                pending.append(job)
+        begun = time.time()
+        slices_read: dict[int, Measurement] = {}
+        try:
+            with ExitStack() as stack:
+                for index in indices:
+                    measurement = read_slice(scan, index, preparation)
+                    slices_read[index] = replace(measurement, values=torch.empty(0))
+                    if index == indices[0]:
+                        shape = tuple(to_output(measurement.values[0, 0], scan, preparation).shape)
+                        _open_writers(stack, pending, scan, len(indices), shape, resume=resume, overwrite=overwrite)
+                    yield from _reconstruct_slice(scan, index, measurement, jobs, indices, preparation)
+        except BaseException:
+            for job in pending:  # directories that were made for nothing
+                with suppress(OSError):
+                    job.output.parent.rmdir()
+            with suppress(OSError):
+                out.rmdir()
+            raise
+        for job in pending:
+            manifest = _manifest(job, slices_read, preparation, notes or {}, path)
+            write_manifest(job.manifest, {**manifest, "file seconds": time.time() - begun})
+        if pending:
+            for index in drawn:
+                _draw(out / f"{path.stem}_slice{index}.png", jobs, slices_read[index], indices.index(index), index)
+
+
+def choose_slices(slices: slice | Sequence[int] | None, scan: Scan) -> list[int]:
+    """Give the indices of the chosen slices of a scan; a range is cut to the slices there are.
+
+    Raises
+    ------
+    InputError
+        If there are none, or a single one does not exist.
+    """
+    every = range(scan.n_slices)
+    chosen = list(every[slices]) if isinstance(slices, slice) else list(every if slices is None else slices)
+    missing = [index for index in chosen if index not in every]
+    if missing or not chosen:
+        what = f"no slice {missing[0]}" if missing else "none of the chosen slices"
+        raise InputError(f"has {what}", mend=f"it has slices 0 to {scan.n_slices - 1}", path=scan.path)
+    return list(dict.fromkeys(chosen))
+
+
+def describe_method(name: str, method: Reconstructor) -> dict[str, Any]:
+    """Tell the method's name and options, and the checksums of the files among them."""
+    names = [f.name for f in dataclasses.fields(method)] if dataclasses.is_dataclass(method) else []
+    options: dict[str, Any] = {}
+    weights: dict[str, str] = {}
+    for option in names:
+        value = getattr(method, option)
+        if isinstance(value, str | Path) and str(value) and Path(value).is_file():
+            weights[option] = sha256(value)
+        plain = value is None or isinstance(value, bool | int | float | str | Path | tuple | list)
+        options[option] = value if plain else type(value).__qualname__
+    return {"method": name, "options": options, "weights": weights}
+
+
+def summary_row(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the row of a table that a manifest amounts to."""
+    metrics = manifest.get("metrics") or {}
+    return {
+        "file": Path(manifest["input"]["file"]).name,
+        "method": manifest["method"],
+        "nominal R": manifest["acceleration"]["nominal"],
+        "true R": manifest["acceleration"]["true"],
+        **{name: metrics.get(name) for name in ("psnr", "ssim", "nmse")},
+        "seconds": manifest["seconds"],
+        "slices": len(manifest["slices"]),
+    }
+
+
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Put the file's name into errors that do not name one."""
+    try:
+        yield
+    except InputError as error:
+        if error.path is not None and str(error.path) in str(error):
+            raise
+        raise InputError(error.problem, mend=error.mend, path=path) from error
+
+
+def _crop_kspace(measurement: Measurement, size: int) -> Measurement:
+    """Crop k-space to its centre, at most ``size`` rows and columns, keeping the mean intensity; drops the target."""
+    rows, columns = measurement.values.shape[-2:]
+    height, width = min(size, rows), min(size, columns)
+    top, left = rows // 2 - height // 2, columns // 2 - width // 2
+    kept = (..., slice(top, top + height), slice(left, left + width))
+    mask = measurement.mask[kept] if measurement.mask.shape[-2] > 1 else measurement.mask[..., left : left + width]
+    values = measurement.values[kept] * (height * width / (rows * columns)) ** 0.5
+    return replace(measurement, values=values, mask=mask, target=None)
+
+
+def _is_finished(job: _Job) -> bool:
+    """Tell whether an earlier run with the same settings has finished this output."""
+    if not (job.output.exists() and job.manifest.exists()):
+        return False
+    try:
+        found = json.loads(job.manifest.read_text("utf-8"))["settings"]
+    except (ValueError, KeyError, TypeError):
+        found = {}
+    now = json.loads(fingerprint(job.settings))
+    if found != now:
+        differing = [key for key in now if found.get(key) != now[key]]
+        raise InputError(
+            f"was made with other settings ({', '.join(differing)})",
+            mend="repeat those settings, choose another -o, or --overwrite",
+            path=job.output,
+        )
+    return True
+
+
+def _open_writers(
+    stack: ExitStack, jobs: list[_Job], scan: Scan, n: int, shape: tuple[int, ...], *, resume: bool, overwrite: bool
+) -> None:
+    for job in jobs:
+        writer = ReconstructionWriter(
+            job.output,
+            n,
+            (shape[0], shape[1]),
+            samples=getattr(job.method, "samples", 1),
+            source=scan.path,
+            attributes={"method": job.name, "slices": job.settings["slices"]},
+            settings=job.settings,
+            resume=resume,
+            overwrite=overwrite or resume,
+        )
+        writer.__enter__()
+        stack.push(_closing(writer))
+        job.writer = writer
+
+
+def _closing(writer: ReconstructionWriter) -> Any:
+    """Close a writer such that an interruption leaves the unfinished file and any other failure does not."""
+
+    def leave(kind: Any, error: Any, trace: Any) -> None:
+        writer.resume = kind is not None and issubclass(kind, KeyboardInterrupt | GeneratorExit)
+        writer.__exit__(kind, error, trace)
+
+    return leave
+
+
+def _reconstruct_slice(
+    scan: Scan,
+    index: int,
+    measurement: Measurement,
+    jobs: list[_Job],
+    indices: list[int],
+    preparation: Preparation,
+) -> Iterator[Step]:
+    """Run every method that has not done this slice yet, all with the same coil maps."""
+    place, ready = indices.index(index), None
+    for job in jobs:
+        if job.writer is None or job.writer.done[place]:
+            yield Step(scan.path, index, job.name, None)
+            continue
+        if ready is None:
+            ready = calibrate(replace(measurement, target=None), scan, index, preparation)
+        begun = time.perf_counter()
+        rng = generators(slice_seed(measurement.source[0], preparation.seed), 1)
+        result = job.method(ready, rng)
+        image = to_output(result.image[0].detach().cpu(), scan, preparation)
+        job.seconds[index] = time.perf_counter() - begun
+        job.details[index] = result.details
+        if not bool(torch.isfinite(torch.view_as_real(image)).all()):
+            raise InputError(f"{job.name} gave NaN or infinite values for slice {index}", mend="change its options")
+        std = result.std
+        job.writer.write(place, image, std=None if std is None else to_output(std[0].cpu(), scan, preparation))
+        yield Step(scan.path, index, job.name, job.seconds[index])
+
+
+def _manifest(
+    job: _Job, read: Mapping[int, Measurement], preparation: Preparation, notes: Mapping[str, Any], path: Path
+) -> dict[str, Any]:
+    """Gather what a reader needs to repeat and to judge a result; metrics are computed on the file as written."""
+    images = read_reconstruction(job.output)
+    accelerations = {index: float(measurement.acceleration[0]) for index, measurement in read.items()}
+    scores, rows = score(images, [measurement.target for measurement in read.values()])
+    slices = [
+        {
+            "slice": index,
+            "true acceleration": accelerations[index],
+            "seconds": job.seconds.get(index),
+            "details": job.details.get(index),
+            **row,
+        }
+        for index, row in zip(read, rows, strict=True)
+    ]
+    law = preparation.law
+    return {
+        **notes,
+        "method": job.name,
+        "options": job.settings["options"],
+        "weights": job.settings["weights"],
+        "reference": getattr(job.method, "reference", None),
+        "input": {"file": str(path), "sha256": job.settings["input"]},
+        "seed": preparation.seed,
+        "mask": job.settings["mask"],
+        "acceleration": {
+            "nominal": law.nominal_acceleration if isinstance(law, MaskLaw) else None,
+            "true": sum(accelerations.values()) / len(accelerations),
+        },
+        "scale": SCALE_CONVENTION,
+        "seconds": sum(job.seconds.values()),
+        "metrics": scores,
+        "slices": slices,
+        "device": preparation.device,
+        "environment": environment(),
+        "settings": job.settings,
+    }
+
+
+def score(images: Tensor, targets: Sequence[Tensor | None]) -> tuple[dict[str, Any] | None, list[dict[str, float]]]:
+    """Score a volume (slices, y, x) against its targets (1, y, x): volume metrics, and PSNR and SSIM of each slice.
+
+    The data range of all of them is the maximum of the target volume. Slices without a target are left out.
+    """
+    known = [place for place, target in enumerate(targets) if target is not None]
+    rows: list[dict[str, float]] = [{} for _ in targets]
+    if not known:
+        return None, rows
+    volume = torch.cat([target for target in targets if target is not None]).float()
+    try:
+        scores = scored(volume, images[known])
+        peak = scores["data_range"]
+        for place, target in zip(known, volume, strict=True):
+            rows[place] = {"psnr": psnr(target, images[place], data_range=peak)}
+            rows[place]["ssim"] = ssim(target, images[place], data_range=peak)
+    except InputError as error:  # a target that cannot be compared with, such as zeros: no score, but a result
+        return {"not computed": str(error)}, [{} for _ in targets]
+    return scores, rows
+
+
+def _draw(path: Path, jobs: list[_Job], measurement: Measurement, place: int, index: int) -> None:
+    from msmri.report import comparison_figure
+
+    images, scores, std = {}, {}, None
+    for job in jobs:
+        images[job.name] = read_reconstruction(job.output)[place]
+        row = json.loads(job.manifest.read_text("utf-8"))["slices"][place]
+        scores[job.name] = {name: row[name] for name in ("psnr", "ssim") if row.get(name) is not None}
+        if std is None and getattr(job.method, "samples", 1) > 1:
+            std = read_reconstruction(job.output, "reconstruction_std")[place]
+    comparison_figure(
+        path,
+        images=images,
+        target=None if measurement.target is None else measurement.target[0],
+        mask=measurement.mask[0],
+        metrics=scores,
+        std=std,
+        title=f"{jobs[0].output.stem}, slice {index}",
+    )
