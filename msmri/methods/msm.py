@@ -151,9 +151,7 @@ class MSM:
     iterations: int = 8  # conjugate-gradient steps of "proximal"
     project: bool = False  # remove from each estimate what no image can produce; "proximal" always does
     eta: float = 1.0  # share of fresh noise a step, 0 .. 1
-    noise: Literal["ancestral", "constant"] = (
-        "ancestral"  # fresh noise as the step needs it (spread kept), or always eta
-    )
+    renewal: Literal["ancestral", "constant"] = "ancestral"  # fresh noise by the size of the step, or always eta
     start: Literal["warm", "noise"] = "warm"  # CG-SENSE plus noise of sigma_max, or noise alone
     batch: int = 4  # samples that go through the network at once, each with its masks_per_step masks if in parallel
 
@@ -240,7 +238,7 @@ class MSM:
                 return known
             from msmri.model.prior import load_prior
 
-            found = load_prior(found, device=device)
+            found = load_prior(found, device=str(device))
         partial: PartialDenoiser = ImagePartial(found) if hasattr(found, "denoise") else found
         self._loaded[str(device)] = partial
         return partial

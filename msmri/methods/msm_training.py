@@ -87,7 +87,8 @@ class LinewiseMSM:
         state = torch.where(mask, values + torch.where(hidden, noise, nothing), nothing)
         line_sigma = torch.where(hidden, sigma, scanner)
         error = torch.where(hidden & mask, model(state, mask, batch.encoding, line_sigma) - values, nothing)
-        prior = model.prior_variance((values.shape[-2], width))
+        with torch.no_grad():  # a weight, not a target: the power of this scan's measured lines, ring by ring
+            prior = model.scan_variance(values, mask, scanner)
         expected = prior * sigma.square() / (prior + sigma.square())
         # energy is shared among the coils: the expectation is that of the sum over coils
         expected = torch.where(hidden & mask, expected, 0.0).flatten(1).sum(1)

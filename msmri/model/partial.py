@@ -11,11 +11,21 @@ from msmri.physics.operators import LinearOperator
 from msmri.physics.solve import conjugate_gradient
 from msmri.tensors import Image, KSpace, Mask, Sigma
 
+_REACH = 1.5  # the spectrum's table ends at this multiple of the Nyquist frequency, beyond the corners
+_RINGS = 24  # rings of k-space in which the spectrum follows the scan at hand
+_TRUST = 16.0  # places that the training data count for in each ring
+
 
 def radial_frequency(shape: tuple[int, int], device: torch.device) -> Tensor:
     """Give the distance from the centre of k-space (ky, kx) in units of the Nyquist frequency of each axis, 0..1.41."""
     axes = [(torch.arange(n, device=device) - n // 2) / (n / 2) for n in shape]
     return (axes[0][:, None] ** 2 + axes[1][None, :] ** 2).sqrt()
+
+
+def _interpolate(table: Tensor, position: Tensor) -> Tensor:
+    """Read a table (n,) at real positions 0..n - 1, linearly."""
+    low = position.floor().long().clamp(0, len(table) - 2)
+    return table[low] + (position - low) * (table[low + 1] - table[low])
 
 
 class MeasurementPartial(nn.Module):
@@ -61,22 +71,35 @@ class MeasurementPartial(nn.Module):
         self.log_tau = nn.Parameter(torch.tensor([-1.0, 0.0]))
 
     def prior_variance(self, shape: tuple[int, int]) -> Tensor:
-        """Interpolate the power spectrum on a k-space grid (ky, kx)."""
-        position = radial_frequency(shape, self.spectrum.device) / 1.5 * (len(self.spectrum) - 1)
-        low = position.floor().long().clamp(max=len(self.spectrum) - 2)
-        log = self.spectrum.log()
-        return (log[low] + (position - low) * (log[low + 1] - log[low])).exp()
+        """Interpolate the power spectrum of the training data on a k-space grid (ky, kx)."""
+        position = radial_frequency(shape, self.spectrum.device) / _REACH * (len(self.spectrum) - 1)
+        return _interpolate(self.spectrum.log(), position).exp()
 
-    def uncertainty(self, mask: Mask, sigma: Sigma) -> Tensor:
-        """Expected error (b, 1, 1, 1) per real component if each place were estimated alone: the network's scale."""
-        prior = self.prior_variance((mask.shape[-2] if mask.shape[-2] > 1 else self._height, mask.shape[-1]))
-        noise = sigma.square()
-        known = prior * noise / (prior + noise)
-        return torch.where(mask, known, prior.expand_as(known)).mean((-2, -1), keepdim=True).sqrt()
+    def scan_variance(self, state: KSpace, mask: Mask, sigma: Sigma) -> Tensor:
+        """Adapt the power spectrum (b, 1, ky, kx) to the scan at hand, from its own lines less their noise.
 
-    def wiener(self, state: KSpace, weight: Tensor, encoding: LinearOperator) -> Image:
-        """Posterior mean of the image under the stationary Gaussian prior, ``weight`` being 1 / sigma^2 on the mask."""
-        amplitude = self.prior_variance((state.shape[-2], state.shape[-1])).sqrt()
+        In each ring of k-space the spectrum is multiplied by the mean ratio of observed to expected energy. Places
+        count by how far the expected signal stands above their noise, and the training data count as ``_TRUST``
+        places, so that pure noise changes nothing.
+        """
+        shape = (state.shape[-2], state.shape[-1])
+        prior = self.prior_variance(shape)
+        noise = state.shape[-3] * sigma.square()
+        trust = torch.where(mask, (prior / (prior + noise)).square(), 0.0).expand(len(state), 1, *shape)
+        energy = state.abs().square().sum(-3, keepdim=True) / 2 - noise
+        excess = torch.where(trust > 1e-6, trust * energy / prior, torch.zeros_like(trust))
+        position = radial_frequency(shape, prior.device) / _REACH * (_RINGS - 1)
+        ring = position.round().long().clamp(max=_RINGS - 1).flatten()
+        total = prior.new_zeros(len(state), _RINGS).index_add_(1, ring, excess.flatten(1))
+        count = prior.new_zeros(len(state), _RINGS).index_add_(1, ring, trust.flatten(1))
+        gain = ((total + _TRUST) / (count + _TRUST)).clamp(0.02, 50.0).log()
+        sides = nn.functional.pad(gain[:, None], (1, 1), mode="replicate")[:, 0]
+        gain = 0.25 * sides[:, :-2] + 0.5 * gain + 0.25 * sides[:, 2:]
+        return prior * torch.stack([_interpolate(each, position) for each in gain])[:, None].exp()
+
+    def wiener(self, state: KSpace, weight: Tensor, encoding: LinearOperator, variance: Tensor) -> Image:
+        """Posterior mean of the image under a stationary Gaussian prior, ``weight`` being 1 / sigma^2 on the mask."""
+        amplitude = variance.sqrt()
 
         def whitened_normal(z: Tensor) -> Tensor:
             image = ifft2c(amplitude * z)
@@ -87,31 +110,27 @@ class MeasurementPartial(nn.Module):
 
     def estimate(self, state: KSpace, mask: Mask, encoding: LinearOperator, sigma: Sigma) -> Image:
         """Estimate the clean image (b, set, y, x) from noisy k-space on the mask."""
-        self._height = state.shape[-2]
-        sigma = sigma.to(state.real.dtype)
-        mask, sigma = torch.broadcast_tensors(mask, sigma.expand(len(state), *sigma.shape[1:]))
+        sigma = sigma.to(state.real.dtype).expand(len(state), *sigma.shape[1:])
+        mask, sigma = torch.broadcast_tensors(mask, sigma)
         state = torch.where(mask, state, torch.zeros((), dtype=state.dtype, device=state.device))
         weight = torch.where(mask, sigma.square().reciprocal(), 0.0)
         with torch.no_grad():
-            first = self.wiener(state, weight, encoding)
-            scale = self.uncertainty(mask, sigma)
+            variance = self.scan_variance(state, mask, sigma)
+            first = self.wiener(state, weight, encoding, variance)
+            # expected error if every place were estimated by itself: the scale of what the network may change
+            alone = torch.where(mask, variance * sigma.square() / (variance + sigma.square()), variance)
+            scale = alone.mean((-2, -1), keepdim=True).sqrt()
             lowest = torch.where(mask, sigma, torch.inf).amin((-3, -2, -1))
             highest = torch.where(mask, sigma, 0.0).amax((-3, -2, -1))
             fraction = mask.float().mean((-3, -2, -1))
-            condition = torch.stack(
-                [scale.flatten().log(), lowest.log(), highest.clamp(max=30.0).log(), 4 * fraction - 2], 1
-            )
-            brightness = self.prior_variance((state.shape[-2], state.shape[-1])).mean().sqrt()
-        sets = first.shape[-3]
-        folded = first.reshape(-1, 1, *first.shape[-2:])  # each set of maps is an image of its own to the network
-        condition = condition.repeat_interleave(sets, 0)
+            levels = [scale.flatten().log(), lowest.log(), highest.clamp(max=30.0).log(), 4 * fraction - 2]
+            condition = torch.stack(levels, 1).repeat_interleave(first.shape[-3], 0)
+            brightness = variance.mean((-2, -1), keepdim=True).sqrt()
         precision = torch.autocast(state.device.type, torch.bfloat16) if self.bfloat16 else nullcontext()
-        with precision:
-            change = self.network(folded / brightness, condition)
+        with precision:  # each set of maps is an image of its own to the network
+            change = self.network((first / brightness).reshape(-1, 1, *first.shape[-2:]), condition)
         second = first + scale * change.reshape(first.shape)
         tau = scale * (self.log_tau[0] + self.log_tau[1] * scale.log()).exp()
-        if self.consistency_iterations == 0:
-            return second
         weight = tau.square() * weight
 
         def normal(x: Tensor) -> Tensor:

@@ -19,8 +19,7 @@ def karras(sigma_max: float, sigma_min: float, steps: int, rho: float = 7.0) -> 
         Unless 0 < sigma_min <= sigma_max < infinity and steps >= 1.
     """
     _check(sigma_max, sigma_min, steps)
-    ends = [sigma_max ** (1 / rho), sigma_min ** (1 / rho)]
-    return torch.linspace(*ends, steps, dtype=torch.float64) ** rho
+    return torch.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), steps, dtype=torch.float64) ** rho
 
 
 def geometric(sigma_max: float, sigma_min: float, steps: int) -> Tensor:
@@ -59,7 +58,8 @@ def ancestral(sigmas: Tensor, eta: float = 1.0) -> Tensor:
 
     ``eta * sqrt(1 - (sigma_next / sigma) ** 2)``, 1-D like ``sigmas``, for use as the ``eta`` of
     :func:`msmri.sampling.reverse.reverse_diffusion`. As the steps become finer the share falls to 0, which a constant
-    share does not: that one renews too much noise and lets the spread of the samples shrink.
+    share does not: on a Gaussian prior, fine steps of constant share eta end with sqrt((1 + sqrt(1 - eta^2)) / 2) times
+    the true spread, 0.71 for eta = 1 and 0.87 for 0.85.
     """
     following = torch.cat([sigmas[1:], sigmas.new_zeros(1)])
     return eta * (1 - (following / sigmas).square()).clamp_min(0).sqrt()

@@ -1,4 +1,3 @@
-import fastmri
 import numpy as np
 import pytest
 import torch
@@ -27,6 +26,8 @@ def test_it_is_the_sum_that_defines_it(shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_is_fastmris_and_numpys(shape):
+    import fastmri
+
     image = field(2, 3, *shape)
     pairs = torch.view_as_real(image)
     assert torch.allclose(fft2c(image), torch.view_as_complex(fastmri.fft2c(pairs)), atol=1e-12)
