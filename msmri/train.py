@@ -1,4 +1,4 @@
-"""One training loop for any loss: deterministic batches, EMA, atomic checkpoints, exact resume; yields a record a step."""
+"""One training loop for any loss: deterministic batches, EMA, atomic checkpoints, exact resume; a record a step."""
 
 import copy
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Generator, nn
+from torch import Generator, Tensor, nn
 
 from msmri import __version__
 from msmri.config import build
@@ -67,13 +67,14 @@ def train(recipe: dict[str, Any], run: str | Path, *, device: str = "cpu", resum
     missing = {"data", "model", "loss"} - set(recipe)
     if missing:
         raise InputError(f"the recipe lacks {', '.join(sorted(missing))}", mend="see recipes/ for complete ones")
-    unknown = set(recipe.get("train", {})) - {f.name for f in fields(TrainSettings)}
+    given = recipe.get("train") or {}
+    unknown = set(given) - {f.name for f in fields(TrainSettings)}
     if unknown:
         raise InputError(
             f"unknown train settings: {', '.join(sorted(unknown))}",
             mend=f"known: {', '.join(f.name for f in fields(TrainSettings))}",
         )
-    settings = TrainSettings(**recipe.get("train", {}))
+    settings = TrainSettings(**given)
     run = Path(run)
     run.mkdir(parents=True, exist_ok=True)
     state_file = run / "state.pt"
@@ -96,11 +97,16 @@ def train(recipe: dict[str, Any], run: str | Path, *, device: str = "cpu", resum
         optimiser.load_state_dict(saved["optimiser"])
         first, history = saved["step"], saved["history"]
     else:
-        if hasattr(model, "spectrum"):
-            model.spectrum.copy_(data.spectrum(Generator().manual_seed(settings.seed)).to(device))
+        spectrum = getattr(model, "spectrum", None)
+        if isinstance(spectrum, Tensor):
+            spectrum.copy_(data.spectrum(Generator().manual_seed(settings.seed)).to(device))
         if "start" in recipe:
             tensors, _ = load_checkpoint(recipe["start"])
-            model.load_state_dict({name: value.float() for name, value in tensors.items()})
+            try:
+                model.load_state_dict({name: value.float() for name, value in tensors.items()})
+            except RuntimeError as error:
+                mend = "start from weights of the same model"
+                raise InputError("the weights do not fit the model", mend=mend, path=recipe["start"]) from error
         averaged = copy.deepcopy(model)
     averaged.requires_grad_(False)
     begun = time.monotonic()
@@ -128,7 +134,7 @@ def train(recipe: dict[str, Any], run: str | Path, *, device: str = "cpu", resum
 def _identity(recipe: dict[str, Any]) -> str:
     """Name what must not change between a run and its resumption; more steps may be asked for."""
     kept = {key: value for key, value in recipe.items() if key in ("model", "loss")}
-    kept["seed"] = recipe.get("train", {}).get("seed", 0)
+    kept["seed"] = (recipe.get("train") or {}).get("seed", 0)
     return json.dumps(kept, sort_keys=True, default=str)
 
 
@@ -150,7 +156,9 @@ def _to_device(batch: Any, device: str) -> Any:
     encoding = batch.encoding
     if isinstance(encoding, CoilFourier):
         encoding = CoilFourier(encoding.maps.to(device))
-    moved = {name: torch.as_tensor(getattr(batch, name)).to(device) for name in ("values", "mask", "noise_std", "scale")}
+    moved = {
+        name: torch.as_tensor(getattr(batch, name)).to(device) for name in ("values", "mask", "noise_std", "scale")
+    }
     return replace(batch, encoding=encoding, **moved)
 
 

@@ -81,6 +81,14 @@ def test_centre_scale_of_a_slice_does_not_depend_on_its_neighbours_values():
         )
 
 
+@pytest.mark.xfail(reason="the calibration region is common to all masks of the batch")
+def test_centre_scale_of_a_slice_does_not_depend_on_its_neighbours_masks():
+    values, mask = kspace(), torch.cat([line_mask(*range(17, 24)), line_mask(20, 21)])
+    together = Measurement(Subsample(mask)(values), mask).centre_scale()
+    alone = Measurement(Subsample(mask[:1])(values[:1]), mask[:1]).centre_scale()
+    assert torch.allclose(together[:1], alone)
+
+
 def test_centre_scale_follows_the_units_and_survives_silence():
     values = kspace()
     mask = line_mask(*range(17, 24))

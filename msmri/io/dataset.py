@@ -1,7 +1,7 @@
 """Undersampled scans as training data: batches of equally sized slices, coil maps computed once, nothing unmeasured."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -42,6 +42,10 @@ class TrainingScans:
     def __post_init__(self) -> None:
         paths = [self.path] if isinstance(self.path, (str, Path)) else list(self.path)
         self.files = list_scans(paths)
+        stems = [path.stem for path in self.files]
+        if self.cache is not None and len(set(stems)) < len(stems):
+            twice = next(stem for stem in stems if stems.count(stem) > 1)
+            raise InputError(f"two scans are called {twice}", mend="rename one: the cache goes by name", path=self.cache)
         self._scans: dict[int, _Scan] = {}
 
     def __len__(self) -> int:
@@ -51,7 +55,8 @@ class TrainingScans:
         if number in self._scans:
             return self._scans[number]
         path = self.files[number]
-        with open_scan(path) as scan:
+        with open_scan(path) as opened:
+            scan = replace(opened, target_name=None)
             if not scan.is_undersampled:
                 raise InputError(
                     "the scan is fully sampled",
@@ -69,6 +74,9 @@ class TrainingScans:
         store = Path(self.cache) / f"{path.stem}_maps.h5" if self.cache else None
         if store is not None and store.exists():
             maps = read_maps(store)
+            if (len(maps), *maps.shape[2:]) != tuple(values.shape):
+                mend = "delete the file, or choose another folder for the cache"
+                raise InputError(f"maps {tuple(maps.shape)} do not fit {path}", mend=mend, path=store)
         else:
             maps = self.calibration(values, mask)
             if store is not None:

@@ -295,9 +295,9 @@ class MSM:
             if self.include_measured:
                 step = step._replace(state=torch.where(measured, values, step.state))
                 sigma = torch.where(included, noise, sigma)
-            fresh = torch.where(included, 0.0, self.eta)
+            streams, fresh = (rng if self.eta > 0 else None), torch.where(included, 0.0, self.eta)
             clean = aggregate(
-                partial, step, masks, encoding, sigma, self.aggregate, rng=rng, eta=fresh, repeated=repeated
+                partial, step, masks, encoding, sigma, self.aggregate, rng=streams, eta=fresh, repeated=repeated
             )
             if self.project and self.likelihood != "proximal":
                 clean = project(clean, encoding)

@@ -1,12 +1,13 @@
 """The training losses of MSM: only measured k-space enters them."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Generator, Tensor, nn
 
 from msmri.measurement import Measurement
+from msmri.model.denoiser import VPSchedule
 from msmri.tensors import normal_like
 
 
@@ -36,9 +37,10 @@ class NoiselessMSM:
     def __call__(self, model: nn.Module, batch: Measurement, rng: Generator) -> Tensor:
         """Return the weighted squared error per measured real component."""
         n = len(batch.values)
-        position = torch.rand(n, generator=rng)
-        low, high = torch.tensor(self.sigma_min).log(), torch.tensor(self.sigma_max).log()
-        sigma = (low + position * (high - low)).exp().reshape(-1, 1, 1, 1).to(batch.values.device)
+        ladder = VPSchedule()
+        low, high = ladder.t(self.sigma_min), ladder.t(self.sigma_max)
+        sigma = ladder.sigma(low + (high - low) * torch.rand(n, generator=rng))
+        sigma = sigma.reshape(-1, 1, 1, 1).to(batch.values.device)
         state = batch.values + sigma * normal_like(batch.values, _streams(rng, n))
         state = torch.where(batch.mask, state, torch.zeros((), dtype=state.dtype, device=state.device))
         error = torch.where(batch.mask, model(state, batch.mask, batch.encoding, sigma) - batch.values, 0)
@@ -88,7 +90,7 @@ class LinewiseMSM:
         line_sigma = torch.where(hidden, sigma, scanner)
         error = torch.where(hidden & mask, model(state, mask, batch.encoding, line_sigma) - values, nothing)
         with torch.no_grad():  # a weight, not a target: the power of this scan's measured lines, ring by ring
-            prior = model.scan_variance(values, mask, scanner)
+            prior = cast(Any, model).scan_variance(values, mask, scanner)
         expected = prior * sigma.square() / (prior + sigma.square())
         # energy is shared among the coils: the expectation is that of the sum over coils
         expected = torch.where(hidden & mask, expected, 0.0).flatten(1).sum(1)

@@ -1,4 +1,4 @@
-"""The measurement-domain partial denoiser: a Wiener estimate through the coils, what a network adds, data consistency."""
+"""The measurement-domain partial denoiser: a Wiener estimate through coils, what a network adds, data consistency."""
 
 from contextlib import nullcontext
 
@@ -32,8 +32,8 @@ class MeasurementPartial(nn.Module):
     """Estimate the clean measurement on a mask from a noisy one, with a noise level for every line.
 
     Three steps, each acting where its knowledge is. (1) The exact posterior mean for a stationary Gaussian prior of
-    the learned power spectrum, given coils, mask and the noise of every line: ``x0``, by conjugate gradients in the
-    whitened image. (2) A network adds what is not Gaussian: ``x1 = x0 + c_out F(x0)``. (3) Data consistency,
+    the learned power spectrum, given coils, mask and the noise of every line: ``x0``, by a few conjugate gradients.
+    (2) A network adds what is not Gaussian, ``x1 = x0 + c_out F(x0, what x0 leaves of the data)``. (3) Data consistency,
     ``argmin_x sum_k |E x - s|^2 / sigma_k^2 + |x - x1|^2 / tau^2``, by a few more conjugate gradients.
     ``D_S = S E x`` then tends to ``s`` as sigma falls, even where many coils make ``A A^H s`` differ from ``s``.
 
@@ -43,12 +43,14 @@ class MeasurementPartial(nn.Module):
     Parameters
     ----------
     network
-        Backbone: (b, 2, y, x) real and a condition (b, 4) to (b, 2, y, x).
+        Backbone: (b, 4, y, x) real and a condition (b, 4) to (b, 2, y, x).
     spectrum
         Variance of each real component of image k-space (coils combined) on a uniform grid of radial frequency
         0..1.5, measured on the training data, in scaled units.
     wiener_iterations, consistency_iterations
         Conjugate-gradient steps of (1) and (3).
+    bfloat16
+        Whether the network alone computes in bfloat16.
     """
 
     spectrum: Tensor
@@ -58,8 +60,8 @@ class MeasurementPartial(nn.Module):
         network: nn.Module,
         spectrum: Tensor | None = None,
         *,
-        wiener_iterations: int = 10,
-        consistency_iterations: int = 6,
+        wiener_iterations: int = 8,
+        consistency_iterations: int = 5,
         bfloat16: bool = False,
     ) -> None:
         super().__init__()
@@ -67,7 +69,7 @@ class MeasurementPartial(nn.Module):
         self.register_buffer("spectrum", torch.ones(48) if spectrum is None else spectrum.float().clone())
         self.wiener_iterations = wiener_iterations
         self.consistency_iterations = consistency_iterations
-        self.bfloat16 = bfloat16
+        self.reduced = bfloat16  # nn.Module has a method called bfloat16
         self.log_tau = nn.Parameter(torch.tensor([-1.0, 0.0]))
 
     def prior_variance(self, shape: tuple[int, int]) -> Tensor:
@@ -97,16 +99,27 @@ class MeasurementPartial(nn.Module):
         gain = 0.25 * sides[:, :-2] + 0.5 * gain + 0.25 * sides[:, 2:]
         return prior * torch.stack([_interpolate(each, position) for each in gain])[:, None].exp()
 
+    def solve(
+        self, right: Image, encoding: LinearOperator, weight: Tensor, precision: Tensor, *, iterations: int
+    ) -> Image:
+        """Solve ``(E^H weight E + F^H precision F) x = right`` by conjugate gradients, preconditioned in k-space.
+
+        The preconditioner is the diagonal in k-space, with a tenth of the largest weight added: places of k-space
+        that no line informs would otherwise amplify what the coils spread far.
+        """
+        largest = weight.amax((-3, -2, -1), keepdim=True)
+        amplitude = (encoding.kspace_weight(weight) + 0.1 * largest + precision).rsqrt()
+
+        def normal(z: Tensor) -> Tensor:
+            kspace = amplitude * z
+            return amplitude * (fft2c(encoding.weighted_normal(ifft2c(kspace), weight)) + precision * kspace)
+
+        return ifft2c(amplitude * conjugate_gradient(normal, amplitude * fft2c(right), iterations=iterations))
+
     def wiener(self, state: KSpace, weight: Tensor, encoding: LinearOperator, variance: Tensor) -> Image:
         """Posterior mean of the image under a stationary Gaussian prior, ``weight`` being 1 / sigma^2 on the mask."""
-        amplitude = variance.sqrt()
-
-        def whitened_normal(z: Tensor) -> Tensor:
-            image = ifft2c(amplitude * z)
-            return z + amplitude * fft2c(encoding.weighted_normal(image, weight))
-
-        right = amplitude * fft2c(encoding.adjoint(weight * state))
-        return ifft2c(amplitude * conjugate_gradient(whitened_normal, right, iterations=self.wiener_iterations))
+        right = encoding.adjoint(weight * state)
+        return self.solve(right, encoding, weight, 1 / variance, iterations=self.wiener_iterations)
 
     def estimate(self, state: KSpace, mask: Mask, encoding: LinearOperator, sigma: Sigma) -> Image:
         """Estimate the clean image (b, set, y, x) from noisy k-space on the mask."""
@@ -126,18 +139,18 @@ class MeasurementPartial(nn.Module):
             levels = [scale.flatten().log(), lowest.log(), highest.clamp(max=30.0).log(), 4 * fraction - 2]
             condition = torch.stack(levels, 1).repeat_interleave(first.shape[-3], 0)
             brightness = variance.mean((-2, -1), keepdim=True).sqrt()
-        precision = torch.autocast(state.device.type, torch.bfloat16) if self.bfloat16 else nullcontext()
-        with precision:  # each set of maps is an image of its own to the network
-            change = self.network((first / brightness).reshape(-1, 1, *first.shape[-2:]), condition)
+            # what the first estimate leaves of the data, each place trusted by its signal-to-noise ratio
+            trust = torch.where(mask, variance / (variance + sigma.square()), 0.0)
+            rest = encoding.adjoint(trust * (state - encoding(first)))
+            seen = torch.stack([first / brightness, rest / brightness], 2).flatten(0, 1)
+        cast = torch.autocast(state.device.type, torch.bfloat16) if self.reduced else nullcontext()
+        with cast:  # each set of maps is an image of its own to the network
+            change = self.network(seen, condition)
         second = first + scale * change.reshape(first.shape)
         tau = scale * (self.log_tau[0] + self.log_tau[1] * scale.log()).exp()
-        weight = tau.square() * weight
-
-        def normal(x: Tensor) -> Tensor:
-            return x + encoding.weighted_normal(x, weight)
-
+        precision = tau.square().reciprocal()
         residual = encoding.adjoint(weight * (state - encoding(second)))
-        return second + conjugate_gradient(normal, residual, iterations=self.consistency_iterations)
+        return second + self.solve(residual, encoding, weight, precision, iterations=self.consistency_iterations)
 
     def forward(self, state: KSpace, mask: Mask, encoding: LinearOperator, sigma: Sigma) -> KSpace:
         """Estimate the clean measurement ``D_S(s, sigma)`` on the mask, zero elsewhere."""

@@ -1,5 +1,7 @@
 """A small U-Net backbone around diffusers.UNet2DModel: real channels and a condition vector in, real channels out."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -42,7 +44,7 @@ class UNet(nn.Module):
         self.multiple = patch * 2 ** (levels - 1)
         width = 4 * channels[0]  # of the time embedding inside the network
         self.embed = nn.Sequential(nn.Linear(conditions, width), nn.SiLU(), nn.Linear(width, width))
-        self.network = UNet2DModel(
+        network: Any = UNet2DModel(
             in_channels=in_channels * patch**2,
             out_channels=out_channels * patch**2,
             block_out_channels=tuple(channels),
@@ -54,8 +56,9 @@ class UNet(nn.Module):
             resnet_time_scale_shift="scale_shift",
             class_embed_type="identity",
         )
-        nn.init.zeros_(self.network.conv_out.weight)
-        nn.init.zeros_(self.network.conv_out.bias)
+        nn.init.zeros_(network.conv_out.weight)
+        nn.init.zeros_(network.conv_out.bias)
+        self.network = network
 
     def forward(self, channels: Tensor, condition: Tensor) -> Tensor:
         """Map (b, in_channels, y, x) and the condition (b, conditions) to (b, out_channels, y, x)."""

@@ -30,6 +30,13 @@ class LinearOperator(ABC):
         """Apply adjoint(weight * forward) for a real diagonal ``weight`` in measurement space."""
         return self.adjoint(weight * self(x))
 
+    def kspace_weight(self, weight: Tensor) -> Tensor:
+        """Give the diagonal (*batch, 1, ky, kx) of ``F E^H weight E F^H``: how well each place of k-space is known.
+
+        Without coils each place of measurement space is as much of every place of k-space.
+        """
+        return weight.mean((-3, -2, -1), keepdim=True)
+
     def __matmul__(self, inner: "LinearOperator") -> "LinearOperator":
         return Composed(self, inner)
 
@@ -152,6 +159,21 @@ class CoilFourier(LinearOperator):
     def weighted_normal(self, x: Image, weight: Tensor) -> Image:
         """Apply adjoint(weight * forward) without any shift: the centring phases cancel."""
         return self._combine(self._transform(x) * weight)
+
+    def kspace_weight(self, weight: Tensor) -> Tensor:
+        """Give the diagonal (*batch, 1, ky, kx) of ``F E^H weight E F^H``, the same for all sets together.
+
+        Multiplying by a map mixes k-space within the map's own spectrum: the weight is averaged over the energy
+        spectrum of the maps.
+        """
+        wide = weight.expand(*weight.shape[:-2], *self.maps.shape[-2:])
+        spread = torch.fft.fft2(self._mixing).conj() * torch.fft.fft2(wide)
+        return torch.fft.ifft2(spread).real.clamp_min(0.0)
+
+    @cached_property
+    def _mixing(self) -> Tensor:
+        n = self.maps.shape[-2] * self.maps.shape[-1]
+        return torch.fft.fft2(self.maps[..., 0, :, :, :]).abs().square().sum(-3, keepdim=True) / n**2
 
     def normal(self, x: Image) -> Image:
         """Apply adjoint(forward): the Fourier transform cancels and only the maps remain."""

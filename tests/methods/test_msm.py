@@ -84,4 +84,320 @@ def spread(samples):
     return torch.view_as_real(samples).var(1).mean(-1).sqrt()
 
 
-EXACT = {"acceleration": 1.0, "masks_per_step": 1, "steps": 100, "sigma_max": 20.0, "sigma_min": 0.003, "start": "noise"}
+EXACT = {
+    "acceleration": 1.0,
+    "masks_per_step": 1,
+    "steps": 100,
+    "sigma_max": 20.0,
+    "sigma_min": 0.003,
+    "start": "noise",
+}
+
+
+# --- the equations -------------------------------------------------------------------------------------------------
+
+
+def test_image_partial_is_the_written_out_equation():
+    encoding, variance, sigma = coils(), 0.7, 0.4
+    state, mask = normal((3, 6, 10), 5), columns(10)
+    partial = ImagePartial(GaussianDenoiser(torch.zeros(1, 6, 10, dtype=torch.complex64), torch.tensor(variance)))
+    aliased = encoding.adjoint(torch.where(mask, state, 0))
+    expected = torch.where(mask, encoding(aliased * variance / (variance + sigma**2)), 0)
+    torch.testing.assert_close(partial(state, mask, encoding, torch.full((1, 1, 1, 1), sigma)), expected)
+    by_line = torch.where(mask, sigma, 9.0)  # a level outside the mask does not count, the highest inside does
+    by_line[..., 0] = 0.1
+    poisoned = torch.where(mask, state, torch.nan)
+    torch.testing.assert_close(partial(poisoned, mask, encoding, by_line), expected)
+
+
+def test_aggregate_averages_overlaps_and_keeps_the_rest():
+    masks = torch.zeros(2, 1, 1, 1, 4, dtype=torch.bool)
+    masks[0, ..., :2], masks[1, ..., 1:3] = True, True
+    step = Step(torch.ones(1, 2, 3, 4), torch.full((1, 2, 3, 4), 7.0), torch.tensor(1.0))
+    calls = []
+
+    def partial(state, mask, encoding, sigma):
+        calls.append(mask)
+        return torch.where(mask, torch.arange(1.0, len(state) + 1).reshape(-1, 1, 1, 1), 0).expand(state.shape)
+
+    found = aggregate(partial, step, masks, Identity(), torch.ones(1, 1, 1, 1))
+    assert len(calls) == 1 and calls[0].shape[0] == 2
+    assert found[0, 0, 0].tolist() == [1.0, 1.5, 2.0, 7.0]
+
+
+@pytest.mark.parametrize("encoding", [Identity(), coils()], ids=["pixels", "coils"])
+def test_sequential_is_parallel_without_fresh_noise(encoding):
+    measurement, partial, _ = problem(encoding)
+    options = {
+        **EXACT,
+        "steps": 5,
+        "acceleration": 3.0,
+        "masks_per_step": 3,
+        "prior": partial,
+        "samples": 2,
+        "likelihood": "none",
+    }
+    parallel = MSM(**options, eta=0.0)(measurement, generators(0, 1)).samples
+    sequential = MSM(**options, eta=0.0, aggregate="sequential")(measurement, generators(0, 1)).samples
+    torch.testing.assert_close(sequential, parallel, rtol=1e-3, atol=1e-4)
+    noisy = MSM(**options, aggregate="sequential")(measurement, generators(0, 1)).samples
+    assert not torch.allclose(noisy, parallel, atol=1e-2)
+
+
+def test_sequential_renoises_to_the_same_level():
+    seen = []
+
+    def partial(state, mask, encoding, sigma):
+        seen.append(state)
+        return torch.where(mask, 3.0, 0.0).expand(state.shape).to(state.dtype)
+
+    masks = torch.zeros(2, 1, 1, 1, 500, dtype=torch.bool)
+    masks[..., :250] = True
+    start = torch.zeros(1, 1, 40, 500)
+    step = Step(start, start, torch.tensor(0.5))
+    aggregate(partial, step, masks, Identity(), torch.full((1, 1, 1, 1), 0.5), "sequential", rng=generators(0, 1))
+    assert seen[1][..., 250:].abs().max() == 0
+    assert float(seen[1][..., :250].mean()) == pytest.approx(3, abs=0.03)
+    assert float(seen[1][..., :250].std()) == pytest.approx(0.5, rel=0.03)
+
+
+# --- exactness on a Gaussian ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masks_per_step", [1, 3])
+def test_unconditional_spread_is_the_priors_and_needs_the_carried_estimate(masks_per_step):
+    partial = ExactPartial(torch.zeros(1, 1, 1, dtype=torch.complex64), 1.0)
+    law, sigmas = RandomLines(3.0, centre_fraction=0.0), karras(20, 0.01, 400)
+    start = torch.zeros(4, 1, 20, 60, dtype=torch.complex64)
+
+    def sample(forget):
+        rng = generators(0, 4)
+
+        def estimate(step):
+            masks = [torch.stack([law.draw((20, 60), g) for g in rng]) for _ in range(masks_per_step)]
+            kept = step._replace(estimate=torch.zeros_like(start)) if forget else step
+            return aggregate(partial, kept, torch.stack(masks), Identity(), step.sigma.reshape(1, 1, 1, 1))
+
+        begin = start + float(sigmas[0]) * normal_like(start, rng)
+        *_, last = reverse_diffusion(estimate, begin, sigmas, rng=rng, eta=ancestral(sigmas))
+        return float(torch.view_as_real(last.estimate).std())
+
+    assert sample(forget=False) == pytest.approx(0.965, abs=0.03)
+    assert not 0.85 < sample(forget=True) < 1.15
+
+
+@pytest.mark.parametrize("encoding", [Identity(), coils()], ids=["pixels", "coils"])
+def test_measured_lines_included_give_the_exact_posterior(encoding):
+    measurement, partial, mean = problem(encoding)
+    expected, std = closed_form(measurement, mean, 1.0)
+    n = 200
+    method = MSM(prior=partial, samples=n, batch=n, likelihood="none", **EXACT)
+    found = method(measurement, generators(0, 1))
+    error = torch.view_as_real(((found.image[0] - expected) / std).to(torch.complex64))
+    if isinstance(encoding, Identity):  # a measured pixel comes back as its posterior mean
+        measured = measurement.mask[0, 0].expand(6, 10)
+        assert float(error[measured].abs().max()) < 1e-2
+        assert float(spread(found.samples)[0][measured].max()) < 1e-3
+        error, ratio = error[~measured], (spread(found.samples)[0] / std)[~measured]
+    else:
+        ratio = spread(found.samples)[0] / std
+    assert float(error.square().mean().sqrt()) < 1.5 / n**0.5
+    assert 0.92 < float(ratio.square().mean().sqrt()) < 1.0
+
+
+@pytest.mark.parametrize("encoding", [Identity(), coils()], ids=["pixels", "coils"])
+def test_proximal_weight_from_the_noise_gives_the_posterior(encoding):
+    measurement, partial, mean = problem(encoding)
+    expected, std = closed_form(measurement, mean, 1.0)
+    n = 200
+    method = MSM(prior=partial, samples=n, batch=n, data_weight="noise", **EXACT, include_measured=False)
+    found = method(measurement, generators(0, 1))
+    error = torch.view_as_real(((found.image[0] - expected) / std).to(torch.complex64))
+    assert float(error.square().mean().sqrt()) < 1.5 / n**0.5
+    assert 0.9 < float((spread(found.samples)[0] / std).square().mean().sqrt()) < 1.0
+
+
+def test_fixed_weights_return_the_data():
+    measurement, partial, _ = problem(Identity())
+    measured = measurement.mask.expand_as(measurement.values)
+    for options in ({"likelihood": "gradient", "data_weight": 1.0}, {"data_weight": 1e4}):
+        method = MSM(prior=partial, **EXACT, include_measured=False, **options)
+        samples = method(measurement, generators(0, 1)).samples
+        error = (samples - measurement.values[:, 0, None])[measured.expand_as(samples)]
+        assert float(error.abs().max()) < 1e-3
+
+
+def test_random_masks_stay_close_to_the_posterior_mean():
+    measurement, partial, mean = problem(coils(), step=4)
+    expected, std = closed_form(measurement, mean, 1.0)
+    options = {**EXACT, "acceleration": 4.0, "masks_per_step": 3, "steps": 40, "likelihood": "none"}
+    found = MSM(prior=partial, samples=50, batch=50, **options)(measurement, generators(0, 1))
+    assert float(((found.image[0] - expected).abs() / std).square().mean().sqrt()) < 0.3
+
+
+# --- the contract --------------------------------------------------------------------------------------------------
+
+
+def stack(*measurements):
+    maps = [m.encoding.maps for m in measurements]
+    return Measurement(
+        torch.cat([m.values for m in measurements]),
+        torch.cat([m.mask for m in measurements]),
+        CoilFourier(torch.cat(maps)),
+        0.1,
+    )
+
+
+@dataclass(frozen=True)
+class Shrink:
+    """A cheap partial denoiser that knows no scale."""
+
+    def __call__(self, state, mask, encoding, sigma):
+        image = encoding.adjoint(torch.where(mask, state / (1 + sigma.square()), 0))
+        return Subsample(mask)(encoding(image / (1 + image.abs())))
+
+
+QUICK = {"prior": Shrink(), "steps": 4}
+
+
+@pytest.mark.parametrize("mode", ["parallel", "sequential"])
+def test_batches_never_change_a_result(mode):
+    first, *_ = problem(coils())
+    second, *_ = problem(coils(seed=9), seed=11, step=2)
+    both = stack(first, second)
+    method = MSM(**QUICK, samples=8, batch=8, aggregate=mode)
+    found = method(both, generators(0, 2)).samples
+    assert found.shape == (2, 8, 6, 10)
+    for size in (4, 3, 16):  # 3 and 16 put samples of both slices into one group
+        torch.testing.assert_close(replace(method, batch=size)(both, generators(0, 2)).samples, found)
+    alone = method(second, generators(0, 1, first=1)).samples
+    torch.testing.assert_close(alone[0], found[1])
+    fewer = replace(method, samples=3)(both, generators(0, 2)).samples
+    torch.testing.assert_close(fewer, found[:, :3])
+
+
+def test_seeds():
+    measurement, *_ = problem(coils())
+    state = torch.get_rng_state()
+    found = [MSM(**QUICK)(measurement, generators(seed, 1)).samples for seed in (0, 0, 1)]
+    assert torch.equal(found[0], found[1]) and not torch.allclose(found[0], found[2], atol=1e-3)
+    assert float((found[0][:, 0] - found[0][:, 1]).abs().max()) > 1e-3
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("likelihood", ["proximal", "gradient", "none"])
+def test_units_of_the_file_do_not_matter(likelihood):
+    measurement, *_ = problem(coils())
+    method = MSM(**QUICK, likelihood=likelihood)
+    found = method(measurement, generators(0, 1)).samples
+    small = replace(measurement, values=measurement.values * 1e-6, noise_std=measurement.noise_std * 1e-6)
+    torch.testing.assert_close(method(small, generators(0, 1)).samples * 1e6, found, rtol=1e-4, atol=1e-4)
+    scaled = measurement.scaled(torch.full((1, 1, 1, 1), 5.0))
+    torch.testing.assert_close(method(scaled, generators(0, 1)).samples, found, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1, torch.tensor([0.1])], ids=["unknown", "number", "by slice"])
+def test_nothing_unmeasured_is_read(noise):
+    measurement, *_ = problem(coils())
+    measurement = replace(measurement, noise_std=noise)
+    poisoned = replace(
+        measurement,
+        values=torch.where(measurement.mask, measurement.values, torch.nan),
+        target=torch.full((1, 6, 10), torch.nan),
+    )
+    for options in ({}, {"likelihood": "gradient", "start": "noise"}, {"include_measured": False, "covering": False}):
+        method = MSM(**QUICK, **options)
+        found = method(poisoned, generators(0, 1)).samples
+        torch.testing.assert_close(found, method(measurement, generators(0, 1)).samples)
+        assert bool(torch.isfinite(found.abs()).all())
+
+
+def test_measured_lines_reach_every_mask_with_their_own_noise():
+    measurement, *_ = problem(coils())
+    scale, seen = measurement.centre_scale(), []
+
+    def spy(state, mask, encoding, sigma):
+        seen.append((state, mask, sigma))
+        return Subsample(mask)(state)
+
+    MSM(prior=spy, steps=3, samples=2)(measurement, generators(0, 1))
+    measured = measurement.mask[0, 0, 0]
+    assert len(seen) == 3
+    for state, mask, sigma in seen:
+        assert state.shape[0] == mask.shape[0] == 6  # two samples, three masks
+        assert bool(mask[..., measured].all()) and not bool(mask.all())
+        assert torch.allclose(state[..., measured], (measurement.values / scale)[..., measured].expand(6, -1, -1, -1))
+        assert torch.allclose(sigma[..., measured], 0.1 / scale)
+    assert [float(sigma[..., ~measured].max()) for *_, sigma in seen] == pytest.approx(karras(1.0, 0.01, 3).tolist())
+    seen.clear()
+    MSM(prior=spy, steps=1, samples=1, include_measured=False)(measurement, generators(0, 1))
+    assert not bool(seen[0][1][..., measured].all()) and float(seen[0][2].min()) == 1.0
+
+
+def test_iterate_yields_what_a_call_does():
+    measurement, *_ = problem(coils())
+    method = MSM(**QUICK, samples=3, batch=2)
+    steps = list(method.iterate(measurement, generators(0, 1)))
+    assert [len(step.state) for step in steps] == [2] * 4 + [1] * 4
+    found = method(measurement, generators(0, 1))
+    image = measurement.encoding.adjoint(steps[3].estimate) * measurement.centre_scale()
+    torch.testing.assert_close(image[:, 0], found.samples[0, :2])
+    assert found.details["NFE"] == 12 and found.details["steps"] == 4 and found.std is not None
+    assert torch.is_inference_mode_enabled() is False
+
+
+def test_two_sets_of_maps_and_a_mask_of_single_places():
+    maps = normal((2, 3, 6, 10), 2)
+    maps, _ = torch.linalg.qr(maps[0].permute(2, 3, 1, 0))  # orthonormal sets at every pixel
+    measurement, *_ = problem(CoilFourier(maps.permute(3, 2, 0, 1)[None].contiguous()), channels=2)
+    places = measurement.mask.expand(1, 1, 6, 10).clone()
+    places[..., 0, 0] = False
+    found = MSM(**QUICK)(replace(measurement, mask=places), generators(0, 1)).samples
+    assert found.shape == (1, 4, 6, 10) and bool(torch.isfinite(found.abs()).all())
+
+
+def test_paper_preset_runs_with_an_image_network():
+    from msmri.model.adm import ADMConfig, ADMUNet
+
+    torch.manual_seed(0)
+    network = ADMUNet(ADMConfig(16, 2, 2, 32, 1, (1, 2), (8,), head_channels=16))
+    prior = EpsilonVP(ComplexChannels(network.eval()))
+    measurement, *_ = problem(coils((16, 20)), shape=(16, 20))
+    method = MSM.preset("paper", prior=prior)
+    assert (method.steps, method.masks_per_step, method.eta, method.data_weight) == (200, 3, 0.85, 2.0)
+    assert (method.schedule, method.start, method.include_measured, method.covering) == ("vp", "noise", False, False)
+    levels = [float(step.sigma) for step in replace(method, steps=4).iterate(measurement, generators(0, 1))]
+    assert levels == pytest.approx([*VPSchedule().sigmas[[500, 250, 0]].tolist(), 0.0], rel=1e-5)
+    found = replace(method, steps=8)(measurement, generators(0, 1))
+    assert found.samples.shape == (1, 1, 16, 20) and found.details["NFE"] == 24
+    assert bool(torch.isfinite(found.samples.abs()).all())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"samples": 0},
+        {"likelihood": "magic"},
+        {"eta": 1.5},
+        {"sigma_min": 2.0},
+        {"data_weight": -1.0},
+        {"acceleration": 0.5},
+        {"likelihood": "gradient", "data_weight": "noise"},
+        {"sigma_max": float("inf")},
+    ],
+)
+def test_refused_options(options):
+    with pytest.raises(InputError):
+        load_method("msm", **options)
+
+
+def test_refused_measurements():
+    measurement, *_ = problem(coils())
+    with pytest.raises(InputError, match="coil maps"):
+        MSM(**QUICK)(replace(measurement, encoding=None), generators(0, 1))
+    with pytest.raises(InputError, match="NaN"):
+        MSM(**QUICK)(replace(measurement, values=measurement.values * torch.nan), generators(0, 1))
+    with pytest.raises(InputError, match="preset"):
+        MSM.preset("fast")
+    with pytest.raises(ValueError, match="generators"):
+        MSM(**QUICK)(measurement, generators(0, 2))

@@ -1,0 +1,5 @@
+"""``python -m msmri.cli`` is ``msmri``."""
+
+from msmri.cli import main
+
+main()

@@ -1,0 +1,154 @@
+"""How a slice of a file becomes a measurement: read, cropped, undersampled, with coil maps of its own."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Generator, Tensor
+
+from msmri.errors import InputError
+from msmri.io.fastmri import Scan, centre_crop, open_scan, undersample
+from msmri.io.output import read_maps
+from msmri.measurement import Measurement
+from msmri.metrics import psnr
+from msmri.physics.coils import Espirit, compress_coils, estimate_noise_std, root_sum_of_squares
+from msmri.physics.fourier import ifft2c
+from msmri.physics.masks import MaskLaw, slice_seed
+from msmri.physics.operators import CoilFourier
+from msmri.tensors import Mask
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How a slice of a file becomes a measurement; the same for every file of a run."""
+
+    law: MaskLaw | Mask | None = None  # undersamples fully sampled scans: a law, or one mask (1, 1 or ky, kx) for all
+    seed: int = 0  # of masks and samples, together with the name of the slice
+    mask_per: Literal["slice", "file"] = "slice"  # a mask drawn for every slice, or one for all slices of a file
+    sets: int | Literal["auto"] = "auto"  # sets of coil maps, see Espirit
+    maps: Path | None = None  # file of coil maps, or directory with one file a scan; without it, ESPIRiT
+    crop_to: int | None = None  # crop k-space to this many rows and columns: a trial at low resolution
+    coils: int | None = None  # compress to this many virtual coils
+    device: str = "cpu"
+
+    def describe(self) -> dict[str, Any]:
+        """Tell all that decides the result, the device not among it."""
+        law: Any = self.law
+        if isinstance(law, MaskLaw):
+            law = {"law": law.name, **{f.name: getattr(law, f.name) for f in dataclasses.fields(law)}}
+            law |= {"one mask for each": self.mask_per}
+        maps = str(self.maps) if self.maps is not None else "ESPIRiT"
+        told = {name: getattr(self, name) for name in ("seed", "sets", "crop_to", "coils")}
+        return {"mask": law, "maps": maps, **told}
+
+
+def require_sampling(scan: Scan, preparation: Preparation) -> None:
+    """Check that a scan needs a reconstruction and that nobody undersamples it twice.
+
+    Raises
+    ------
+    InputError
+        If it is fully sampled and no mask is given, or undersampled already and one is given.
+    """
+    if preparation.law is None and not scan.is_undersampled:
+        mend = "give --mask random-lines --acceleration 4 to undersample it and score the result"
+        raise InputError("is fully sampled, so there is nothing to reconstruct", mend=mend, path=scan.path)
+    if preparation.law is not None and scan.is_undersampled:
+        mend = "leave out --mask to reconstruct it as it was measured"
+        raise InputError("is undersampled already, so it cannot be given a mask", mend=mend, path=scan.path)
+
+
+def read_slice(scan: Scan, index: int, preparation: Preparation) -> Measurement:
+    """Read and undersample one slice; no coil maps yet.
+
+    The target (1, y, x) is the file's own, or, where it has none or k-space is cropped, the root-sum-of-squares image
+    of the fully sampled slice; None for undersampled scans without one. Images are compared with it after
+    :func:`to_output`.
+    """
+    measurement = scan.read(index)
+    if preparation.crop_to is not None:
+        measurement = _crop_kspace(measurement, preparation.crop_to)
+    if measurement.target is None and not scan.is_undersampled:
+        image = root_sum_of_squares(ifft2c(measurement.values))
+        measurement = replace(measurement, target=to_output(image, scan, preparation))
+    law = preparation.law
+    if law is not None:
+        if isinstance(law, MaskLaw):
+            name = measurement.source[0] if preparation.mask_per == "slice" else scan.path.name
+            rng = Generator().manual_seed(slice_seed(name, preparation.seed))
+            law = law.draw((measurement.values.shape[-2], measurement.values.shape[-1]), rng)
+        measurement = undersample(measurement, law.reshape(-1, 1, *law.shape[-2:]))
+    if preparation.coils is not None and preparation.coils < measurement.values.shape[1]:
+        measurement = replace(measurement, values=compress_coils(measurement.values, preparation.coils)[0])
+    return measurement
+
+
+def calibrate(measurement: Measurement, scan: Scan, index: int, preparation: Preparation) -> Measurement:
+    """Add noise level and coil maps, both from the measured data of the slice alone, and move it to the device."""
+    values, mask = measurement.values.to(preparation.device), measurement.mask.to(preparation.device)
+    if preparation.maps is None:
+        maps = Espirit(sets=preparation.sets)(values, mask)
+    else:
+        path = maps_file(preparation.maps, scan.path)
+        maps = read_maps(path, index=index)[None].to(values)
+        if maps.shape[2:] != values.shape[1:]:
+            raise InputError(
+                f"maps of {tuple(maps.shape[2:])} (coil, y, x) do not fit k-space of {tuple(values.shape[1:])}",
+                mend="make them with msmri coils and the same --crop-to and --coils",
+                path=path,
+            )
+    noise = estimate_noise_std(values, mask)[:, None, None, None]
+    return replace(measurement, values=values, mask=mask, encoding=CoilFourier(maps), noise_std=noise)
+
+
+def maps_file(maps: Path, scan: Path) -> Path:
+    """Name the file of coil maps that belongs to a scan: ``maps`` itself, or the one of the scan's name inside it."""
+    return maps / f"{scan.stem}.h5" if maps.is_dir() else maps
+
+
+def to_output(image: Tensor, scan: Scan, preparation: Preparation) -> Tensor:
+    """Crop images (..., y, x) to the size that is written: the scan's output, or all of a cropped matrix."""
+    return image if preparation.crop_to is not None else scan.crop_to_output(image)
+
+
+def measurements(path: str | Path, preparation: Preparation, slices: Sequence[int] | None = None) -> list[Measurement]:
+    """Prepare slices of a file, all of them by default, with coil maps and targets: for tuning and for experiments."""
+    with naming(path), open_scan(path) as scan:
+        require_sampling(scan, preparation)
+        return [
+            calibrate(read_slice(scan, index, preparation), scan, index, preparation)
+            for index in (range(scan.n_slices) if slices is None else slices)
+        ]
+
+
+def cropped_psnr(target: Tensor, image: Tensor) -> float:
+    """PSNR of one slice after cropping the image (y, x) to the size of the target, in dB."""
+    return psnr(target, centre_crop(image, (target.shape[-2], target.shape[-1])))
+
+
+cropped_psnr.__name__ = "psnr"  # what tables of tuning call it
+
+
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Put the file's name into errors that do not name one."""
+    try:
+        yield
+    except InputError as error:
+        if error.path is not None and str(error.path) in str(error):
+            raise
+        raise InputError(error.problem, mend=error.mend, path=path) from error
+
+
+def _crop_kspace(measurement: Measurement, size: int) -> Measurement:
+    """Crop k-space to its centre, at most ``size`` rows and columns, keeping the mean intensity; drops the target."""
+    rows, columns = measurement.values.shape[-2:]
+    height, width = min(size, rows), min(size, columns)
+    top, left = rows // 2 - height // 2, columns // 2 - width // 2
+    kept = (..., slice(top, top + height), slice(left, left + width))
+    mask = measurement.mask[kept] if measurement.mask.shape[-2] > 1 else measurement.mask[..., left : left + width]
+    values = measurement.values[kept] * (height * width / (rows * columns)) ** 0.5
+    return replace(measurement, values=values, mask=mask, target=None)

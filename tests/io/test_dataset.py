@@ -1,0 +1,212 @@
+import warnings
+from dataclasses import replace
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from msmri.errors import InputError
+from msmri.io.dataset import TrainingScans
+from msmri.io.fastmri import open_scan, write_scan
+from msmri.model.partial import radial_frequency
+from msmri.physics.coils import Espirit
+from msmri.physics.masks import RandomLines, draw_masks
+from msmri.physics.operators import Subsample
+from msmri.physics.simulate import coil_maps, phantom, simulate_kspace
+from msmri.tensors import generators
+
+LAW = RandomLines(acceleration=3, centre_fraction=0.2)
+
+
+def scan(path, shape=(40, 36), *, slices=3, coils=4, seed=0, noise=0.02, undersampled=True, target=None):
+    rng = torch.Generator().manual_seed(seed)
+    images = torch.stack([phantom(shape, rng) for _ in range(slices)])
+    kspace, _ = simulate_kspace(images, coil_maps(shape, coils, rng), rng, noise_std=noise)
+    mask = draw_masks(LAW, shape, generators(seed, slices))
+    values = Subsample(mask)(kspace) if undersampled else kspace
+    write_scan(path, values, mask=mask[:, 0].numpy() if undersampled else None, target=target)
+    return values, mask
+
+
+def draws(data, n, *, pixels=40 * 36, seed=0):
+    return [data.batch(torch.Generator().manual_seed(seed + i), pixels=pixels) for i in range(n)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for number, shape in enumerate([(40, 36), (33, 41)]):
+        scan(tmp_path / f"s{number}.h5", shape, seed=number)
+    return tmp_path
+
+
+def test_one_fixed_mask_and_nothing_else_in_every_draw(folder):
+    data = TrainingScans(str(folder))
+    assert len(data) == 2
+    seen = {}
+    for batch in draws(data, 40, pixels=2 * 40 * 36):
+        assert len(batch.values) == 2 and batch.target is None
+        for i, source in enumerate(batch.source):
+            now = (batch.values[i], batch.mask[i], batch.scale[i], batch.noise_std[i], batch.encoding.maps[i])
+            before = seen.setdefault(source, now)
+            assert all(torch.equal(a, b) for a, b in zip(before, now))
+        assert not bool(batch.values[~batch.mask.expand_as(batch.values)].any())
+    assert sorted(seen) == [f"s{k}.h5#{i}" for k in range(2) for i in range(3)]
+    masks = {tuple(mask.flatten().tolist()) for _, mask, *_ in seen.values()}
+    assert len(masks) == 6  # each slice has its own
+
+
+def test_values_are_those_of_the_file(folder):
+    data = TrainingScans([str(folder / "s1.h5")])
+    batch = data.batch(torch.Generator().manual_seed(3), pixels=1)
+    index = int(batch.source[0].split("#")[1])
+    with open_scan(folder / "s1.h5") as opened:
+        direct = opened.read(index)
+    assert torch.equal(batch.mask, direct.mask)
+    assert torch.equal(batch.scale, direct.centre_scale())
+    torch.testing.assert_close(batch.values * batch.scale, direct.values, rtol=1e-6, atol=1e-9)
+    assert float(batch.noise_std * batch.scale) == pytest.approx(0.02, rel=0.25)
+    maps = Espirit(crop=0.0)(direct.values, direct.mask)
+    torch.testing.assert_close(batch.encoding.maps, maps, rtol=0, atol=1e-3)
+
+
+def test_depends_on_the_generator_alone(folder):
+    state = torch.get_rng_state()
+    first, second = (draws(TrainingScans(str(folder)), 6, seed=5) for _ in range(2))
+    for a, b in zip(first, second):
+        assert a.source == b.source and torch.equal(a.values, b.values)
+    assert len({batch.source for batch in first}) > 2
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_batch_size_follows_the_matrix(folder):
+    data = TrainingScans(str(folder / "s0.h5"))
+    factors = (0.01, 1, 1.6, 2.4, 99)
+    sizes = [len(data.batch(torch.Generator(), pixels=round(n * 40 * 36)).values) for n in factors]
+    assert sizes == [1, 1, 2, 2, 3]
+
+
+def test_refuses_fully_sampled_scans(tmp_path):
+    scan(tmp_path / "full.h5", undersampled=False)
+    data = TrainingScans(str(tmp_path))
+    with pytest.raises(InputError, match=r"full\.h5: the scan is fully sampled; undersample it once"):
+        data.batch(torch.Generator(), pixels=1)
+    with pytest.raises(InputError, match="fully sampled"):
+        data.spectrum(torch.Generator())
+
+
+def test_refuses_a_fully_sampled_slice_among_others(tmp_path):
+    values, mask = scan(tmp_path / "mixed.h5")
+    mask[0] = True
+    full, _ = scan(tmp_path / "full.h5", undersampled=False)
+    write_scan(tmp_path / "mixed.h5", torch.where(mask, full, 0), mask=mask[:, 0].numpy())
+    (tmp_path / "full.h5").unlink()
+    with pytest.raises(InputError, match=r"slice 0 is fully sampled"):
+        TrainingScans(str(tmp_path)).batch(torch.Generator(), pixels=1)
+
+
+def test_refuses_a_folder_without_scans(tmp_path):
+    with pytest.raises(InputError, match=r"no \.h5 file"):
+        TrainingScans(str(tmp_path))
+
+
+@pytest.mark.parametrize("poison", [np.nan, 1e30])
+def test_never_reads_references(tmp_path, poison):
+    target = np.random.default_rng(0).random((3, 40, 36), dtype=np.float32)
+    scan(tmp_path / "a.h5", target=target)
+    expected = draws(TrainingScans(str(tmp_path)), 4)
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        file["reconstruction_rss"][...] = poison
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a reader would warn of NaN
+        got = draws(TrainingScans(str(tmp_path)), 4)
+    for a, b in zip(expected, got):
+        assert a.source == b.source and torch.equal(a.values, b.values) and torch.equal(a.scale, b.scale)
+        assert torch.equal(a.encoding.maps, b.encoding.maps) and b.target is None
+
+
+def test_never_reads_what_the_mask_leaves_out(tmp_path):
+    values, mask = scan(tmp_path / "a.h5")
+    expected = draws(TrainingScans(str(tmp_path)), 4)
+    junk = torch.where(mask, values, torch.full_like(values, 1e4))
+    write_scan(tmp_path / "a.h5", junk, mask=mask[:, 0].numpy())
+    for a, b in zip(expected, draws(TrainingScans(str(tmp_path)), 4)):
+        assert torch.equal(a.values, b.values) and torch.equal(a.encoding.maps, b.encoding.maps)
+        assert torch.equal(a.noise_std, b.noise_std) and torch.equal(a.scale, b.scale)
+
+
+def test_compresses_coils(tmp_path):
+    scan(tmp_path / "a.h5", coils=7)
+    batch = TrainingScans(str(tmp_path), max_coils=4).batch(torch.Generator(), pixels=1)
+    whole = TrainingScans(str(tmp_path)).batch(torch.Generator(), pixels=1)
+    assert batch.values.shape == (1, 4, 40, 36) and batch.encoding.maps.shape == (1, 1, 4, 40, 36)
+    assert not bool(batch.values[~batch.mask.expand_as(batch.values)].any())
+    kept = float((batch.values * batch.scale).norm() / (whole.values * whole.scale).norm())
+    assert 0.97 < kept <= 1.0001
+
+
+def test_cached_maps_equal_computed_ones_and_are_used(folder, tmp_path):
+    cache = tmp_path / "maps"
+    plain, first, second = (draws(TrainingScans(str(folder), cache=c), 5) for c in (None, str(cache), str(cache)))
+    assert sorted(file.name for file in cache.iterdir()) == ["s0_maps.h5", "s1_maps.h5"]
+    for a, b, c in zip(plain, first, second):
+        assert torch.equal(a.encoding.maps, b.encoding.maps) and torch.equal(a.encoding.maps, c.encoding.maps)
+    with h5py.File(cache / "s0_maps.h5", "r+") as file:
+        file["maps"][...] *= 2
+    changed = draws(TrainingScans(str(folder / "s0.h5"), cache=str(cache)), 1)[0]
+    original = draws(TrainingScans(str(folder / "s0.h5")), 1)[0]
+    torch.testing.assert_close(changed.encoding.maps, 2 * original.encoding.maps, rtol=1e-2, atol=1e-3)
+
+
+def test_refuses_cached_maps_of_other_coils_and_scans_of_one_name(folder, tmp_path):
+    cache = tmp_path / "maps"
+    draws(TrainingScans(str(folder / "s0.h5"), cache=str(cache)), 1)
+    with pytest.raises(InputError, match=r"s0_maps\.h5: maps \(3, 1, 4, 40, 36\) do not fit .*delete the file"):
+        draws(TrainingScans(str(folder / "s0.h5"), cache=str(cache), max_coils=3), 1)
+    (tmp_path / "other").mkdir()
+    scan(tmp_path / "other" / "s0.h5", seed=9)
+    both = [str(folder / "s0.h5"), str(tmp_path / "other" / "s0.h5")]
+    assert len(TrainingScans(both)) == 2
+    with pytest.raises(InputError, match="two scans are called s0"):
+        TrainingScans(both, cache=str(cache))
+
+
+def test_spectrum_finds_the_power_of_a_stationary_scan(tmp_path):
+    shape, rng = (64, 60), torch.Generator().manual_seed(0)
+    variance = (1.5 - 4 * radial_frequency(shape, torch.device("cpu"))).exp()
+    maps = coil_maps(shape, 4, rng)
+    image = torch.complex(*(variance.sqrt() * torch.randn(2, 3, *shape, generator=rng)).unbind(0))
+    coils = (
+        maps[0, 0]
+        * torch.fft.fftshift(torch.fft.ifft2(torch.fft.ifftshift(image, (1, 2)), norm="ortho"), (1, 2))[:, None]
+    )
+    kspace = torch.fft.fftshift(torch.fft.fft2(torch.fft.ifftshift(coils, (2, 3)), norm="ortho"), (2, 3))
+    mask = draw_masks(LAW, shape, generators(0, 3))
+    write_scan(tmp_path / "a.h5", torch.where(mask, kspace, 0), mask=mask[:, 0].numpy())
+    data = TrainingScans(str(tmp_path))
+    spectrum = data.spectrum(torch.Generator())
+    batch = data.batch(torch.Generator(), pixels=3 * 64 * 60)
+    assert spectrum.shape == (48,) and bool((spectrum > 0).all())
+    radius = torch.linspace(0, 1.5, 48)
+    expected = (1.5 - 4 * radius).exp() * float(batch.scale.pow(-2).mean())
+    middle = slice(6, 30)  # coils blur the very centre and corner
+    assert float((spectrum[middle] / expected[middle]).log().abs().mean()) < 0.3
+    assert abs(float((spectrum[middle] / expected[middle]).log().mean())) < 0.15
+
+
+def test_spectrum_takes_the_noise_off(tmp_path):
+    loud, quiet = tmp_path / "loud", tmp_path / "quiet"
+    for place, noise in ((loud, 0.3), (quiet, 1e-4)):
+        place.mkdir()
+        scan(place / "a.h5", (64, 60), noise=noise)
+    found = [TrainingScans(str(place)).spectrum(torch.Generator()) for place in (loud, quiet)]
+    assert float((found[0][2:12] / found[1][2:12]).log().abs().mean()) < 0.5
+    batch = TrainingScans(str(loud)).batch(torch.Generator(), pixels=1)
+    power = float(4 * batch.noise_std.square())
+    assert float(found[0][36:].mean()) < 0.3 * power  # would be at least that with the noise left in
+
+
+def test_frozen_settings_do_not_leak_between_instances(folder):
+    one, two = TrainingScans(str(folder)), TrainingScans(str(folder), calibration=replace(Espirit(crop=0.0), sets=2))
+    assert one.calibration.sets == 1
+    assert two.batch(torch.Generator(), pixels=1).encoding.maps.shape[1] == 2

@@ -1,0 +1,285 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from msmri.model.partial import MeasurementPartial, radial_frequency
+from msmri.physics.fourier import ifft2c
+from msmri.physics.operators import CoilFourier, Subsample
+from msmri.physics.simulate import coil_maps
+from msmri.tensors import generators, normal_like
+
+SPECTRUM = torch.linspace(1.0, -4.0, 48).exp()
+
+
+class Zeros(nn.Module):
+    def forward(self, channels: Tensor, condition: Tensor) -> Tensor:
+        return torch.zeros_like(channels)
+
+
+class Mixing(nn.Module):
+    """Depends on the image and on the whole condition, by one number each."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor([0.3, 0.02, 0.03, 0.05, 0.07]))
+
+    def forward(self, channels: Tensor, condition: Tensor) -> Tensor:
+        assert condition.shape == (len(channels), 4)
+        shift = (condition * self.gain[1:]).sum(1)[:, None, None, None]
+        return self.gain[0] * channels.tanh() + shift
+
+
+def encoding(shape, n_coils=3, *, batch=1, sets=1, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    maps = [torch.cat([coil_maps(shape, n_coils, rng) for _ in range(sets)], 1) for _ in range(batch)]
+    return CoilFourier(torch.cat(maps).to(torch.complex128) / math.sqrt(sets))
+
+
+def normal(*shape, seed=0):
+    return normal_like(torch.zeros(shape, dtype=torch.complex128), generators(seed, shape[0]))
+
+
+def prior_sample(model, shape, *, batch=1, sets=1, seed=0):
+    return ifft2c(model.prior_variance(shape).sqrt() * normal(batch, sets, *shape, seed=seed))
+
+
+def lines(width, seed=0, *, batch=1, share=0.5):
+    mask = torch.rand(batch, 1, 1, width, generator=torch.Generator().manual_seed(seed)) < share
+    mask[..., width // 2 - 1 : width // 2 + 1] = True
+    return mask
+
+
+def partial(network=None, *, wiener=200, consistency=0, spectrum=SPECTRUM):
+    model = MeasurementPartial(
+        network or Zeros(), spectrum, wiener_iterations=wiener, consistency_iterations=consistency
+    )
+    return model.double().requires_grad_(False)
+
+
+def close(a, b, tolerance):
+    error = float((a - b).norm() / b.norm())
+    assert error <= tolerance, error
+
+
+def linewise(mask, levels, seed=4):
+    pick = torch.rand(mask.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return levels[0] * (levels[1] / levels[0]) ** pick
+
+
+def test_radius_is_one_at_nyquist():
+    radius = radial_frequency((8, 6), torch.device("cpu"))
+    assert float(radius[4, 3]) == 0 and float(radius[0, 3]) == 1 and float(radius[4, 0]) == 1
+    assert float(radius[0, 0]) == pytest.approx(math.sqrt(2))
+    odd = radial_frequency((7, 5), torch.device("cpu"))
+    assert float(odd[3, 2]) == 0 and torch.equal(odd, odd.flip(0, 1))
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (7, 9), (6, 11)])
+def test_prior_variance_interpolates_the_logarithm(shape):
+    got = partial().prior_variance(shape)
+    y, x = (2 * (torch.arange(n, dtype=torch.float64) - n // 2) / n for n in shape)
+    expected = torch.exp(1 - 5 * (y[:, None] ** 2 + x**2).sqrt() / 1.5)  # log-linear table: exact in between
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (7, 9), (9, 6)])
+@pytest.mark.parametrize("sets", [1, 2])
+@pytest.mark.parametrize("tau", ["no consistency", "tau to 0"])
+def test_equals_the_closed_form_gaussian_posterior(shape, sets, tau):
+    model = partial(consistency=0 if tau == "no consistency" else 20)
+    model.log_tau.copy_(torch.tensor([-40.0, 0.0]))
+    coils = encoding(shape, sets=sets)
+    mask = lines(shape[1])
+    sigma = linewise(mask, (0.05, 3.0))
+    clean = coils(prior_sample(model, shape, sets=sets, seed=1))
+    state = Subsample(mask)(clean + sigma * normal(*clean.shape, seed=2))
+    got = model.estimate(state, mask, coils, sigma)
+
+    variance = model.scan_variance(state, mask, sigma)[0, 0]
+    n, pixels = sets * shape[0] * shape[1], shape[0] * shape[1]
+    basis = torch.eye(n, dtype=torch.complex128).reshape(n, sets, *shape)
+    matrix = torch.stack([coils(each[None])[0] for each in basis]).reshape(n, -1).mT
+    kept = mask.expand(1, 3, *shape).flatten()
+    matrix = matrix[kept]
+    single = torch.eye(pixels, dtype=torch.complex128).reshape(pixels, *shape)
+    transform = torch.fft.fftshift(torch.fft.fft2(torch.fft.ifftshift(single, dim=(1, 2)), norm="ortho"), dim=(1, 2))
+    transform = transform.reshape(pixels, pixels).mT
+    one = transform.mH @ torch.diag(variance.flatten().to(torch.complex128)) @ transform
+    covariance = torch.block_diag(*[one] * sets)
+    noise = sigma.expand(1, 3, *shape).flatten()[kept].square().to(torch.complex128)
+    inner = matrix @ covariance @ matrix.mH + torch.diag(noise)
+    mean = covariance @ matrix.mH @ torch.linalg.solve(inner, state.flatten()[kept])
+    close(got.flatten(), mean, 1e-6)
+
+
+def test_consistency_solves_its_own_equation():
+    shape = (7, 10)
+    model = partial(Mixing(), consistency=100)
+    model.log_tau.copy_(torch.tensor([0.3, 0.4]))
+    before = partial(Mixing(), consistency=0)
+    coils, mask = encoding(shape), lines(10)
+    sigma = linewise(mask, (0.2, 2.0))
+    state = Subsample(mask)(coils(prior_sample(model, shape)) + sigma * normal(1, 3, *shape, seed=5))
+    x, second = (m.estimate(state, mask, coils, sigma) for m in (model, before))
+    variance = model.scan_variance(state, mask, sigma)
+    alone = torch.where(mask, 1 / (1 / variance + 1 / sigma.square()), variance)
+    scale = alone.mean((-2, -1), keepdim=True).sqrt()
+    tau = math.exp(0.3) * scale**1.4
+    gradient = coils.adjoint(torch.where(mask, (coils(x) - state) / sigma.square(), 0)) + (x - second) / tau.square()
+    assert float(gradient.norm()) < 1e-6 * float((x / tau.square()).norm())
+    assert float((x - second).norm()) > 1e-2 * float(x.norm())
+
+
+@pytest.mark.parametrize("shape", [(12, 16), (13, 11)])
+def test_tends_to_a_consistent_measurement_as_sigma_falls(shape):
+    model = partial(Mixing(), wiener=100, consistency=300)
+    coils, mask = encoding(shape), lines(shape[1])
+    state = Subsample(mask)(coils(prior_sample(model, shape, seed=3)))
+    errors = []
+    for level in (1.0, 0.1, 0.01, 0.001):
+        sigma = torch.full((1, 1, 1, shape[1]), level, dtype=torch.float64)
+        errors.append(float((model(state, mask, coils, sigma) - state).norm() / state.norm()))
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-4
+
+
+def test_lines_at_the_largest_sigma_say_nothing():
+    shape = (12, 16)
+    model = partial(Mixing(), wiener=30, consistency=10)
+    coils, mask = encoding(shape), lines(16, share=0.8)
+    hidden = mask & lines(16, seed=9, share=0.4)
+    hidden[..., 7:9] = False
+    assert 2 <= int(hidden.sum()) < int(mask.sum()) - 2
+    sigma = torch.where(hidden, 1e8, 0.1)
+    state = Subsample(mask)(coils(prior_sample(model, shape)))
+    other = torch.where(hidden, 50 * normal(1, 3, *shape), state)
+    close(model.estimate(other, mask, coils, sigma), model.estimate(state, mask, coils, sigma), 1e-9)
+    # and to a network that is not told, it is as if they had not been measured
+    plain = partial(wiener=30, consistency=10)
+    close(plain.estimate(other, mask, coils, sigma), plain.estimate(state, mask & ~hidden, coils, sigma), 1e-9)
+    close(model(other, mask, coils, sigma), Subsample(mask)(coils(model.estimate(state, mask, coils, sigma))), 1e-9)
+
+
+@pytest.mark.parametrize("sets", [1, 2])
+def test_samples_of_a_batch_do_not_mix(sets):
+    shape = (11, 14)
+    model = partial(Mixing(), wiener=10, consistency=6)
+    coils, mask = encoding(shape, batch=3, sets=sets), lines(14, batch=3)
+    sigma = linewise(mask, (0.05, 1.0)) * torch.tensor([1.0, 0.1, 5.0]).reshape(3, 1, 1, 1)
+    state = Subsample(mask)(coils(prior_sample(model, shape, batch=3, sets=sets)) + sigma * normal(3, 3, *shape))
+    together = model(state, mask, coils, sigma)
+    for i in range(3):
+        one = slice(i, i + 1)
+        alone = model(state[one], mask[one], CoilFourier(coils.maps[one]), sigma[one])
+        torch.testing.assert_close(together[one], alone, rtol=1e-9, atol=1e-9)
+
+
+def test_an_empty_second_set_of_maps_changes_nothing_but_its_own_image():
+    shape = (10, 12)
+    model = partial(wiener=40)
+    one, mask = encoding(shape), lines(12)
+    two = CoilFourier(torch.cat([one.maps, torch.zeros_like(one.maps)], 1))
+    sigma = linewise(mask, (0.05, 1.0))
+    state = Subsample(mask)(one(prior_sample(model, shape)))
+    got, expected = (model.estimate(state, mask, coils, sigma) for coils in (two, one))
+    torch.testing.assert_close(got[:, :1], expected, rtol=1e-9, atol=1e-9)
+    assert got.shape == (1, 2, *shape) and float(got[:, 1].norm()) == 0
+
+
+def test_zero_off_the_mask_and_blind_to_what_is_there():
+    shape = (9, 12)
+    model = partial(Mixing(), wiener=10, consistency=6)
+    coils, mask = encoding(shape), lines(12)
+    sigma = torch.full((1, 1, 1, 12), 0.1, dtype=torch.float64)
+    state = Subsample(mask)(coils(prior_sample(model, shape)))
+    expected = model(state, mask, coils, sigma)
+    assert not bool(expected[(~mask).expand_as(expected)].any())
+    poisoned = torch.where(mask, state, torch.tensor(float("nan"), dtype=state.dtype))
+    assert torch.equal(model(poisoned, mask, coils, sigma), expected)
+
+
+def test_two_dimensional_masks():
+    shape = (10, 12)
+    model = partial(wiener=200)
+    coils = encoding(shape)
+    mask = torch.rand(1, 1, *shape, generator=torch.Generator().manual_seed(0)) < 0.6
+    sigma = torch.full((1, 1, 1, 1), 1e-3, dtype=torch.float64)
+    state = Subsample(mask)(coils(prior_sample(model, shape)))
+    close(model(state, mask, coils, sigma), state, 1e-3)
+
+
+def test_scan_variance_is_the_prior_when_all_is_noise():
+    shape, model = (24, 20), partial()
+    mask = lines(20)
+    for level in (300.0, 1e6):
+        sigma = torch.full((1, 1, 1, 20), level, dtype=torch.float64)
+        state = level * normal(1, 3, *shape)
+        got = model.scan_variance(state, mask, sigma)
+        torch.testing.assert_close(got[0, 0], model.prior_variance(shape), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("power", "least", "most"), [(4, 3.6, 4), (0.25, 0.25, 0.35), (1e4, 50, 50), (1e-6, 0.02, 0.15)]
+)
+def test_scan_variance_follows_a_clean_scan(power, least, most):
+    shape, model = (64, 60), partial()
+    mask = torch.ones(1, 1, 1, 60, dtype=torch.bool)
+    sigma = torch.full((1, 1, 1, 60), 1e-5, dtype=torch.float64)
+    prior = model.prior_variance(shape)
+    # the expected energy, times power, at every place, shared by three coils
+    state = (power * 2 * prior / 3).sqrt().to(torch.complex128).expand(1, 3, *shape)
+    ratio = model.scan_variance(state, mask, sigma)[0, 0] / prior
+    middle = (radial_frequency(shape, prior.device) - 0.5).abs() < 0.2
+    assert least * 0.9999 <= float(ratio[middle].min()) and float(ratio[middle].max()) <= most * 1.0001
+
+
+def test_scan_variance_counts_places_ring_by_ring():
+    shape, model = (20, 24), partial(spectrum=torch.full((48,), 2.0))
+    mask, sigma = lines(24), linewise(lines(24), (0.3, 2.0))
+    state = Subsample(mask)(3 * normal(1, 3, *shape))
+    total, count = [16.0] * 24, [16.0] * 24
+    radius = [[math.hypot((y - 10) / 10, (x - 12) / 12) / 1.5 * 23 for x in range(24)] for y in range(20)]  # in rings
+    for y in range(20):
+        for x in range(24):
+            if bool(mask[0, 0, 0, x]):
+                noise = 3 * float(sigma[0, 0, 0, x]) ** 2
+                trust = (2 / (2 + noise)) ** 2
+                energy = float(state[0, :, y, x].abs().square().sum()) / 2 - noise
+                total[round(radius[y][x])] += trust * energy / 2
+                count[round(radius[y][x])] += trust
+    log = [math.log(min(max(t / c, 0.02), 50)) for t, c in zip(total, count)]
+    smooth = [(log[max(i - 1, 0)] + 2 * log[i] + log[min(i + 1, 23)]) / 4 for i in range(24)]
+    got = model.scan_variance(state, mask, sigma)[0, 0]
+    for y, x in [(10, 12), (10, 15), (3, 20), (0, 0), (12, 7), (19, 23)]:
+        low = min(int(radius[y][x]), 22)
+        part = radius[y][x] - low
+        expected = 2 * math.exp((1 - part) * smooth[low] + part * smooth[low + 1])
+        assert float(got[y, x]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradients_reach_the_network_and_tau_alone():
+    shape = (10, 12)
+    model = partial(Mixing(), wiener=10, consistency=6).requires_grad_(True)
+    coils, mask = encoding(shape), lines(12)
+    sigma = linewise(mask, (0.05, 1.0))
+    state = Subsample(mask)(coils(prior_sample(model, shape).detach()))
+    model(state, mask, coils, sigma).abs().square().sum().backward()
+    assert {name for name, _ in model.named_parameters()} == {"log_tau", "network.network.gain"}
+    assert all(bool(p.grad.isfinite().all()) and bool((p.grad != 0).all()) for p in model.parameters())
+    assert "spectrum" in model.state_dict()
+
+
+def test_single_precision_and_bfloat16_agree():
+    shape = (16, 20)
+    coils, mask = encoding(shape), lines(20)
+    exact = partial(Mixing(), wiener=10, consistency=6)
+    state = Subsample(mask)(coils(prior_sample(exact, shape)))
+    sigma = linewise(mask, (0.05, 1.0))
+    expected = exact(state, mask, coils, sigma)
+    single = CoilFourier(coils.maps.to(torch.complex64))
+    for reduced, tolerance in ((False, 1e-4), (True, 2e-2)):
+        model = MeasurementPartial(Mixing(), SPECTRUM, bfloat16=reduced).requires_grad_(False)
+        got = model(state.to(torch.complex64), mask, single, sigma.float())
+        assert got.dtype == torch.complex64
+        close(got.to(torch.complex128), expected, tolerance)
