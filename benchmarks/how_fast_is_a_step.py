@@ -51,7 +51,7 @@ def medians(runs: Mapping[str, Callable[[], Any]], *, repeats: int) -> dict[str,
         run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats):
-        for name in list(runs) if turn % 2 == 0 else list(reversed(runs)):
+        for name in list(runs) if turn % 2 == 0 else list(runs)[::-1]:
             begin = time.perf_counter()
             runs[name]()
             seconds[name].append(time.perf_counter() - begin)

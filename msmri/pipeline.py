@@ -67,7 +67,7 @@ def reconstruct_file(
     preparation: Preparation,
     *,
     slices: slice | Sequence[int] | None = None,
-    figure_slices: Sequence[int] | None = None,
+    figure_slices: slice | Sequence[int] | None = None,
     resume: bool = False,
     overwrite: bool = False,
     notes: Mapping[str, Any] | None = None,
@@ -91,7 +91,7 @@ def reconstruct_file(
     slices
         Which slices; all of them without it.
     figure_slices
-        Of which slices to draw a figure; the middle one of ``slices`` without it.
+        Of which of them to draw a figure; the middle one without it.
     resume
         Keep what an interrupted run with the same settings has done, finished files included.
     overwrite
@@ -108,7 +108,8 @@ def reconstruct_file(
     with naming(path), open_scan(path) as scan:
         require_sampling(scan, preparation)
         indices = choose_slices(slices, scan)
-        drawn = [indices[len(indices) // 2]] if figure_slices is None else [i for i in figure_slices if i in indices]
+        wanted = range(scan.n_slices)[figure_slices] if isinstance(figure_slices, slice) else figure_slices
+        drawn = [indices[len(indices) // 2]] if wanted is None else [index for index in indices if index in wanted]
         common = {"input": sha256(path), "slices": indices, **preparation.describe()}
         if preparation.maps is not None:
             common["maps"] = sha256(maps_file(preparation.maps, path))

@@ -119,8 +119,10 @@ def test_manifest_tells_how_to_repeat_and_to_judge(tmp_path, scan):
         expected = np.asarray(getattr(fastmri.evaluate, name)(target, image)).item()
         assert manifest["metrics"][name] == pytest.approx(expected, rel=1e-6)
     first = manifest["slices"][0]
-    expected = fastmri.evaluate.psnr(target[0], image[0], maxval=target.max())
-    assert first["slice"] == 0 and first["psnr"] == pytest.approx(float(expected), rel=1e-6)
+    assert first["slice"] == 0 and target[0].max() != target[1].max()
+    for row, one, two in zip(manifest["slices"], target, image, strict=True):
+        expected = fastmri.evaluate.psnr(one, two, maxval=target.max())
+        assert row["psnr"] == pytest.approx(float(expected), rel=1e-6)
     assert first["details"]["weight"] == 0.01 and first["seconds"] > 0
 
 
@@ -170,6 +172,10 @@ def test_crop_slices_coils_and_a_mask_from_a_file(tmp_path, scan, kspace):
     full = root_sum_of_squares(ifft2c(kspace[1, :, 8:40, 8:40])) * 32 / SIZE
     assert manifest["metrics"]["data_range"] == pytest.approx(float(full.max()), rel=1e-5)
     assert manifest["metrics"]["psnr"] > 20
+    more[more.index("--coils") + 1] = 4  # as many as there are: nothing to compress
+    invoke("recon", scan, "-o", tmp_path / "all", "--method", "cg-sense", *more)
+    compressed, every = (read_reconstruction(o / "cg-sense" / "scan.h5") for o in (out, tmp_path / "all"))
+    assert not torch.equal(compressed, every) and (compressed - every).norm() < 0.3 * every.norm()
     result = invoke("recon", scan, "-o", tmp_path / "wrong", "--method", "cg-sense", "--mask", mask, code=2)
     assert str(scan) in errors(result)[0] and "does not fit" in errors(result)[0]
 

@@ -166,7 +166,6 @@ def run(
     notes: dict[str, Any] = {"command": shlex.join(["msmri", *sys.argv[1:]])}
     if tune and not dry_run:
         methods, notes["tuning"] = tuned(methods, tune, files, preparation)
-    chosen = list(range(10**6))[figure_slices] if isinstance(figure_slices, slice) else figure_slices
     if methods.keys() & {"l1-wavelet", "tv"}:
         import sigpy.app  # noqa: F401  (seconds to import, which are not theirs in the table)
     failures: dict[Path, str] = {}
@@ -189,7 +188,7 @@ def run(
                         out,
                         preparation,
                         slices=slices,
-                        figure_slices=chosen,
+                        figure_slices=figure_slices,
                         resume=resume,
                         overwrite=overwrite,
                         notes=notes,

@@ -45,7 +45,8 @@ class TrainingScans:
         stems = [path.stem for path in self.files]
         if self.cache is not None and len(set(stems)) < len(stems):
             twice = next(stem for stem in stems if stems.count(stem) > 1)
-            raise InputError(f"two scans are called {twice}", mend="rename one: the cache goes by name", path=self.cache)
+            mend = "rename one, because the cache of coil maps goes by name"
+            raise InputError(f"two scans are called {twice}", mend=mend, path=self.cache)
         self._scans: dict[int, _Scan] = {}
 
     def __len__(self) -> int:
@@ -64,6 +65,9 @@ class TrainingScans:
                     path=path,
                 )
             slices = [scan.read(index) for index in range(scan.n_slices)]
+            complete = [index for index, item in enumerate(slices) if bool((item.mask | ~scan.acquired).all())]
+        if complete:
+            raise InputError(f"slice {complete[0]} is fully sampled", mend="undersample it or leave it out", path=path)
         values = torch.cat([item.values for item in slices])
         mask = torch.cat([item.mask for item in slices])
         if values.shape[1] > self.max_coils:

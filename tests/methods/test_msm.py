@@ -12,6 +12,7 @@ from msmri.model.denoiser import ComplexChannels, EpsilonVP, GaussianDenoiser, V
 from msmri.physics.masks import RandomLines
 from msmri.physics.operators import CoilFourier, Identity, Subsample
 from msmri.physics.solve import conjugate_gradient
+from msmri.sampling.likelihood import project, proximal
 from msmri.sampling.reverse import Step, reverse_diffusion
 from msmri.sampling.schedule import ancestral, karras
 from msmri.tensors import generators, normal_like
@@ -401,3 +402,27 @@ def test_refused_measurements():
         MSM.preset("fast")
     with pytest.raises(ValueError, match="generators"):
         MSM(**QUICK)(measurement, generators(0, 2))
+
+
+def test_likelihoods_and_their_default_weights():
+    measurement, *_ = problem(coils(), step=2)
+    values, measured = measurement.values / measurement.centre_scale(), measurement.mask
+    masks = []
+
+    def ones(state, mask, encoding, sigma):
+        masks.append(mask)
+        return torch.where(mask, torch.ones_like(state), 0)
+
+    method = MSM(prior=ones, steps=1, samples=1, masks_per_step=1, start="noise", include_measured=False)
+    (step,) = replace(method, likelihood="gradient").iterate(measurement, generators(0, 1))
+    expected = torch.where(masks[-1], torch.where(measured, 2 * values - 1, 1), 0)  # only where a mask reached
+    torch.testing.assert_close(step.estimate, expected)
+    assert bool((measured & ~masks[-1]).any()) and bool((measured & masks[-1]).any())
+
+    (step,) = method.iterate(measurement, generators(0, 1))
+    plain = torch.where(masks[-1], torch.ones_like(values), 0)
+    expected, _ = proximal(plain, values, measured, measurement.encoding, weight=1 / 30, iterations=8)
+    torch.testing.assert_close(step.estimate, expected, rtol=1e-4, atol=1e-5)
+
+    (step,) = replace(method, likelihood="none", project=True).iterate(measurement, generators(0, 1))
+    torch.testing.assert_close(step.estimate, project(plain, measurement.encoding), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,252 @@
+import csv
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from msmri.config import build
+from msmri.errors import InputError
+from msmri.io import write_scan
+from msmri.measurement import Measurement
+from msmri.model.checkpoint import load_checkpoint
+from msmri.model.prior import load_prior
+from msmri.testing import phantom_measurement
+from msmri.train import TrainSettings, _rate, train
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scans")
+    for seed, shape in enumerate([(32, 24), (27, 32)]):
+        scan = phantom_measurement(shape, coils=3, seed=seed)
+        write_scan(folder / f"s{seed}.h5", scan.values, mask=scan.mask[:, 0].numpy())
+    return folder
+
+
+@pytest.fixture
+def recipe(scans):
+    network = {"use": "msmri.model.unet:UNet", "in_channels": 4, "channels": [8, 8], "blocks_per_level": 1}
+    return {
+        "data": {"use": "msmri.io.dataset:TrainingScans", "path": str(scans)},
+        "model": {
+            "use": "msmri.model.partial:MeasurementPartial",
+            "network": network,
+            "wiener_iterations": 3,
+            "consistency_iterations": 2,
+        },
+        "loss": {"use": "msmri.methods.msm_training:LinewiseMSM"},
+        "train": {"steps": 6, "pixels": 1600, "learning_rate": 1e-3, "warm_up": 2, "save_every": 3},
+    }
+
+
+def state_of(run):
+    return torch.load(run / "state.pt", weights_only=True)
+
+
+def weights_of(run):
+    return load_checkpoint(run / "last.safetensors")[0]
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def stop_after(recipe, run, steps):
+    running = train(recipe, run)
+    records = [next(running) for _ in range(steps)]
+    running.close()
+    return records
+
+
+@pytest.mark.parametrize("killed_after", [3, 5])
+def test_resumed_run_ends_as_an_uninterrupted_one(recipe, tmp_path, killed_after):
+    records = list(train(recipe, tmp_path / "whole"))
+    assert [r.step for r in records] == [1, 2, 3, 4, 5, 6] and records[-1].n_steps == 6
+    assert len(stop_after(recipe, tmp_path / "killed", killed_after)) == killed_after
+    assert state_of(tmp_path / "killed")["step"] == 3
+    rest = list(train(recipe, tmp_path / "killed"))
+    assert [r.step for r in rest] == [4, 5, 6]
+    assert [r.loss for r in rest] == [r.loss for r in records[3:]]
+    assert_same(weights_of(tmp_path / "killed"), weights_of(tmp_path / "whole"))
+    one, other = state_of(tmp_path / "killed"), state_of(tmp_path / "whole")
+    assert one["history"] == other["history"] and len(one["history"]) == 6
+    assert_same(one["model"], other["model"])
+    for a, b in zip(one["optimiser"]["state"].values(), other["optimiser"]["state"].values()):
+        assert_same(a, b)
+    assert list(train(recipe, tmp_path / "whole")) == []  # finished: nothing left to do
+
+
+def test_files_of_a_run(recipe, tmp_path):
+    seen = list(train(recipe, tmp_path))
+    assert {f.name for f in tmp_path.iterdir()} == {"state.pt", "last.safetensors", "loss.csv", "loss.png"}
+    with (tmp_path / "loss.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [float(row["loss"]) for row in rows] == [r.loss for r in seen]
+    assert (tmp_path / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    _, header = load_checkpoint(tmp_path / "last.safetensors")
+    assert header["format"] == "msmri-partial" and header["step"] == 6
+    assert header["recipe"]["model"] == recipe["model"] and header["recipe"]["loss"] == recipe["loss"]
+    assert header["recipe"]["train"]["steps"] == 6 and header["recipe"]["train"]["ema"] == TrainSettings().ema
+    assert header["loss"] == [pytest.approx(sum(r.loss for r in seen) / 6, abs=1e-5)]
+    assert all(r.seconds > 0 for r in seen)
+
+
+def test_the_file_is_the_averaged_model(recipe, tmp_path):
+    list(train(recipe, tmp_path))
+    saved = state_of(tmp_path)
+    averaged = build(recipe["model"])
+    averaged.load_state_dict(saved["averaged"])
+    prior = load_prior(tmp_path / "last.safetensors")
+    assert not prior.training and not any(p.requires_grad for p in prior.parameters())
+    batch = build(recipe["data"]).batch(torch.Generator(), pixels=1)
+    sigma = torch.full((1, 1, 1, 1), 0.1)
+    with torch.no_grad():
+        got, expected = (m(batch.values, batch.mask, batch.encoding, sigma) for m in (prior, averaged))
+        averaged.load_state_dict(saved["model"])
+        latest = averaged(batch.values, batch.mask, batch.encoding, sigma)
+    assert torch.equal(got, expected) and not torch.equal(got, latest)
+
+
+@pytest.mark.parametrize(("ema", "decays"), [(0.999, (2 / 11, 3 / 12)), (0.2, (2 / 11, 0.2)), (0.0, (0.0, 0.0))])
+def test_averaged_weights(recipe, tmp_path, ema, decays):
+    recipe["train"] |= {"steps": 3, "save_every": 1, "ema": ema}
+    states = [state_of(tmp_path) for _ in train(recipe, tmp_path)]
+    names = [n for n, _ in build(recipe["model"]).named_parameters()]
+    for before, after, decay in zip(states, states[1:], decays):
+        assert not all(torch.equal(before["model"][n], after["model"][n]) for n in names)
+        for name in names:
+            expected = decay * before["averaged"][name] + (1 - decay) * after["model"][name]
+            torch.testing.assert_close(after["averaged"][name], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_learning_rate():
+    settings = TrainSettings(steps=100, warm_up=10, final_rate=0.1)
+    rates = [_rate(step, settings) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[4] == pytest.approx(0.5, rel=0.01)
+    assert rates[50] == pytest.approx(0.55) and _rate(100, settings) == pytest.approx(0.1)
+    assert max(rates) == rates[9] and rates[9:] == sorted(rates[9:], reverse=True)
+    assert _rate(0, TrainSettings(warm_up=0)) == 1
+
+
+def test_spectrum_is_measured_on_the_data(recipe, tmp_path):
+    stop_after(recipe, tmp_path, 3)
+    expected = build(recipe["data"]).spectrum(torch.Generator().manual_seed(0))
+    for part in ("model", "averaged"):
+        assert torch.equal(state_of(tmp_path)[part]["spectrum"], expected)
+
+
+def test_loss_decreases(recipe, tmp_path):
+    recipe["train"] |= {"steps": 60, "pixels": 800, "learning_rate": 4e-3, "save_every": 60, "warm_up": 5, "ema": 0.9}
+    list(train(recipe, tmp_path))
+    data, loss = build(recipe["data"]), build(recipe["loss"])
+    trained = load_prior(tmp_path / "last.safetensors")
+    start = build(recipe["model"]).requires_grad_(False)  # the network is zero at first, whatever its other weights
+    start.spectrum.copy_(trained.spectrum)
+    totals = []
+    for model in (start, trained):
+        streams = [torch.Generator().manual_seed(1000 + i) for i in range(24)]
+        with torch.no_grad():
+            totals.append(sum(float(loss(model, data.batch(rng, pixels=800), rng)) for rng in streams) / 24)
+    assert totals[1] < 0.9 * totals[0], totals
+
+
+def test_global_generators_are_untouched(recipe, tmp_path):
+    torch.manual_seed(7)
+    before = torch.get_rng_state(), repr(np.random.get_state()), random.getstate()
+    stop_after(recipe, tmp_path / "a", 3)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1:] == (repr(np.random.get_state()), random.getstate())
+    torch.manual_seed(8)  # and have no influence
+    stop_after(recipe, tmp_path / "b", 3)
+    assert_same(weights_of(tmp_path / "a"), weights_of(tmp_path / "b"))
+
+
+def test_seed_changes_the_run(recipe, tmp_path):
+    losses = []
+    for seed in (0, 1):
+        recipe["train"]["seed"] = seed
+        losses.append([r.loss for r in stop_after(recipe, tmp_path / str(seed), 2)])
+    assert losses[0] != losses[1]
+
+
+def test_refuses_another_recipe_in_the_same_folder(recipe, tmp_path):
+    stop_after(recipe, tmp_path, 3)
+    before = (tmp_path / "state.pt").read_bytes()
+    others = [
+        recipe | {"model": recipe["model"] | {"wiener_iterations": 4}},
+        recipe | {"loss": recipe["loss"] | {"blind": 0.1}},
+        recipe | {"train": recipe["train"] | {"seed": 5}},
+    ]
+    for other in others:
+        with pytest.raises(InputError, match="holds a run of another recipe; choose another folder"):
+            next(train(other, tmp_path))
+    with pytest.raises(InputError, match="holds a run; resume it or choose another folder"):
+        next(train(recipe, tmp_path, resume=False))
+    assert (tmp_path / "state.pt").read_bytes() == before
+    more = recipe | {"train": recipe["train"] | {"steps": 7}}
+    assert [r.step for r in train(more, tmp_path)] == [4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": {"step": 3}}, "unknown train settings: step; known: steps, pixels"),
+        ({"loss": {"use": "msmri.methods.msm_training:LinewiseMSM", "blnd": 1}}, "has no argument 'blnd'"),
+        ({"model": {"use": "os:system", "command": "true"}}, "not trusted"),
+    ],
+)
+def test_refuses_what_it_does_not_know(recipe, tmp_path, change, message):
+    with pytest.raises(InputError, match=message):
+        next(train(recipe | change, tmp_path))
+
+
+@pytest.mark.parametrize("part", ["data", "model", "loss"])
+def test_refuses_an_incomplete_recipe(recipe, tmp_path, part):
+    del recipe[part]
+    with pytest.raises(InputError, match=f"the recipe lacks {part}"):
+        next(train(recipe, tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+def test_starts_from_given_weights(recipe, tmp_path):
+    stop_after(recipe, tmp_path / "first", 3)
+    given = weights_of(tmp_path / "first")
+    still = recipe["train"] | {"learning_rate": 0.0, "save_every": 1}
+    second = recipe | {"start": str(tmp_path / "first" / "last.safetensors"), "train": still}
+    stop_after(second, tmp_path / "second", 1)
+    assert_same(state_of(tmp_path / "second")["model"], given)
+    assert_same(weights_of(tmp_path / "second"), given)
+    wider = recipe["model"] | {"network": recipe["model"]["network"] | {"channels": [16, 16]}}
+    with pytest.raises(InputError, match=r"last\.safetensors: the weights do not fit the model"):
+        next(train(second | {"model": wider}, tmp_path / "third"))
+
+
+def test_a_step_that_is_not_finite_changes_no_weight(recipe, tmp_path, monkeypatch):
+    from msmri.io.dataset import TrainingScans
+
+    recipe["train"] |= {"steps": 3, "save_every": 1}
+    draw = TrainingScans.batch
+    calls = []
+
+    def broken(self, rng, *, pixels) -> Measurement:
+        calls.append(1)
+        batch = draw(self, rng, pixels=pixels)
+        return batch.scaled(torch.full_like(batch.scale, float("nan"))) if len(calls) == 2 else batch
+
+    monkeypatch.setattr(TrainingScans, "batch", broken)
+    states, losses = [], []
+    for record in train(recipe, tmp_path):
+        states.append(state_of(tmp_path)["model"])
+        losses.append(record.loss)
+    assert losses[1] != losses[1] and losses[2] == losses[2]
+    assert_same(states[0], states[1])
+    assert all(bool(value.isfinite().all()) for value in states[2].values())
+
+
+def test_default_settings_are_trainable():
+    settings = TrainSettings()
+    assert settings.warm_up < settings.steps and settings.save_every < settings.steps and 0.9 < settings.ema < 1
