@@ -62,16 +62,19 @@ class Measurement:
         columns (20 of 256, the centre of every MSM mask, whatever else was measured), so that neither the
         acceleration nor anything unmeasured enters it.
         """
-        rows, columns = calibration_region(self.mask, (self.values.shape[-2], self.values.shape[-1]))
         height, width = self.values.shape[-2:]
-        columns = min(max(columns, 1), max(round(fraction * width), 1))
-        rows = height if rows >= height else max(rows, 1)
-        top, left = height // 2 - rows // 2, width // 2 - columns // 2
-        centre = torch.zeros_like(self.values)
-        block = (..., slice(top, top + rows), slice(left, left + columns))
-        centre[block] = self.values[block]
-        image = root_sum_of_squares(ifft2c(centre)).flatten(1)
-        return torch.quantile(image, quantile, dim=1).clamp_min(torch.finfo(image.dtype).tiny)[:, None, None, None]
+        masks = self.mask.expand(len(self.values), *self.mask.shape[1:])
+        scales = []
+        for values, mask in zip(self.values, masks):  # each slice by its own mask
+            rows, columns = calibration_region(mask, (height, width))
+            columns = min(max(columns, 1), max(round(fraction * width), 1))
+            rows = height if rows >= height else max(rows, 1)
+            top, left = height // 2 - rows // 2, width // 2 - columns // 2
+            block = (..., slice(top, top + rows), slice(left, left + columns))
+            centre = torch.zeros_like(values)
+            centre[block] = values[block]
+            scales.append(torch.quantile(root_sum_of_squares(ifft2c(centre)), quantile))
+        return torch.stack(scales).clamp_min(torch.finfo(scales[0].dtype).tiny)[:, None, None, None]
 
     def scaled(self, scale: Tensor) -> "Measurement":
         """Return the same measurement in units of ``scale`` (batch, 1, 1, 1) times the present ones."""

@@ -135,7 +135,7 @@ def main() -> None:
         attributes["simulation"] = json.dumps(subject)
         if options.full:
             target = root_sum_of_squares(ifft2c(kspace))
-            write_scan(path, kspace, target=target, attributes=attributes)
+            write_scan(path, kspace, target=target, attributes=attributes, compress=True)
         else:
             names = [f"{path.name}#{index}" for index in range(len(kspace))]
             seeds = [Generator().manual_seed(slice_seed(name, options.seed)) for name in names]

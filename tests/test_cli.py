@@ -123,6 +123,8 @@ def test_manifest_tells_how_to_repeat_and_to_judge(tmp_path, scan):
     for row, one, two in zip(manifest["slices"], target, image, strict=True):
         expected = fastmri.evaluate.psnr(one, two, maxval=target.max())
         assert row["psnr"] == pytest.approx(float(expected), rel=1e-6)
+        expected = fastmri.evaluate.ssim(one[None], two[None], maxval=target.max()).item()
+        assert row["ssim"] == pytest.approx(expected, rel=1e-6)
     assert first["details"]["weight"] == 0.01 and first["seconds"] > 0
 
 

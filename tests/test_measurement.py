@@ -81,7 +81,6 @@ def test_centre_scale_of_a_slice_does_not_depend_on_its_neighbours_values():
         )
 
 
-@pytest.mark.xfail(reason="the calibration region is common to all masks of the batch")
 def test_centre_scale_of_a_slice_does_not_depend_on_its_neighbours_masks():
     values, mask = kspace(), torch.cat([line_mask(*range(17, 24)), line_mask(20, 21)])
     together = Measurement(Subsample(mask)(values), mask).centre_scale()

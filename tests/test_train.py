@@ -40,6 +40,13 @@ def recipe(scans):
     }
 
 
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    """Leave the loss curve, which takes longer than the steps, to the one test that looks for it."""
+    if request.node.name != "test_files_of_a_run":
+        monkeypatch.setattr("msmri.report.loss_curve", lambda path, records: None)
+
+
 def state_of(run):
     return torch.load(run / "state.pt", weights_only=True)
 
@@ -99,7 +106,7 @@ def test_the_file_is_the_averaged_model(recipe, tmp_path):
     list(train(recipe, tmp_path))
     saved = state_of(tmp_path)
     averaged = build(recipe["model"])
-    averaged.load_state_dict(saved["averaged"])
+    averaged.eval().load_state_dict(saved["averaged"])
     prior = load_prior(tmp_path / "last.safetensors")
     assert not prior.training and not any(p.requires_grad for p in prior.parameters())
     batch = build(recipe["data"]).batch(torch.Generator(), pixels=1)
@@ -140,7 +147,8 @@ def test_spectrum_is_measured_on_the_data(recipe, tmp_path):
 
 
 def test_loss_decreases(recipe, tmp_path):
-    recipe["train"] |= {"steps": 60, "pixels": 800, "learning_rate": 4e-3, "save_every": 60, "warm_up": 5, "ema": 0.9}
+    recipe["data"]["path"] += "/s0.h5"
+    recipe["train"] |= {"steps": 80, "pixels": 800, "learning_rate": 1e-2, "save_every": 80, "warm_up": 5, "ema": 0.9}
     list(train(recipe, tmp_path))
     data, loss = build(recipe["data"]), build(recipe["loss"])
     trained = load_prior(tmp_path / "last.safetensors")
@@ -151,15 +159,16 @@ def test_loss_decreases(recipe, tmp_path):
         streams = [torch.Generator().manual_seed(1000 + i) for i in range(24)]
         with torch.no_grad():
             totals.append(sum(float(loss(model, data.batch(rng, pixels=800), rng)) for rng in streams) / 24)
-    assert totals[1] < 0.9 * totals[0], totals
+    assert totals[1] < 0.9 * totals[0]
 
 
 def test_global_generators_are_untouched(recipe, tmp_path):
     torch.manual_seed(7)
-    before = torch.get_rng_state(), repr(np.random.get_state()), random.getstate()
+    numpy_state = np.random.get_state
+    before = torch.get_rng_state(), repr(numpy_state()), random.getstate()
     stop_after(recipe, tmp_path / "a", 3)
     assert torch.equal(before[0], torch.get_rng_state())
-    assert before[1:] == (repr(np.random.get_state()), random.getstate())
+    assert before[1:] == (repr(numpy_state()), random.getstate())
     torch.manual_seed(8)  # and have no influence
     stop_after(recipe, tmp_path / "b", 3)
     assert_same(weights_of(tmp_path / "a"), weights_of(tmp_path / "b"))

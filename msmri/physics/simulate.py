@@ -122,7 +122,7 @@ def crop_kspace(image: Tensor, shape: tuple[int, int]) -> Tensor:
     """
     kspace = fft2c(image)
     top, left = image.shape[-2] // 2 - shape[0] // 2, image.shape[-1] // 2 - shape[1] // 2
-    if top < 0 or left < 0:
+    if shape[0] > image.shape[-2] or shape[1] > image.shape[-1]:
         raise ValueError(f"cannot crop {tuple(image.shape[-2:])} to {shape}")
     kept = kspace[..., top : top + shape[0], left : left + shape[1]]
     return ifft2c(kept) * math.sqrt(shape[0] * shape[1] / (image.shape[-2] * image.shape[-1]))

@@ -38,7 +38,7 @@ def test_the_field_on_the_axis_of_a_loop_is_the_textbooks():
     )
     # integral of dl x r / |r|^3 over the loop, with segments of unit length: n a / (a^2 + z^2)^(3/2)
     expected = 200 * 0.5 / (0.25 + height**2) ** 1.5
-    assert torch.allclose(field[:, 2].abs(), expected, rtol=5e-3)
+    assert torch.allclose(field[:, 2], expected, rtol=5e-3)  # a right-handed current, so along the axis
     assert torch.allclose(field[:, :2], torch.zeros(4, 2, dtype=torch.float64), atol=1e-9)
 
 
@@ -126,7 +126,7 @@ def test_cropping_a_smooth_image_resamples_it():
     np.testing.assert_allclose(small, image[::2, ::2], atol=1e-3)
 
 
-@pytest.mark.parametrize("shape", [(10, 8), (8, 10), pytest.param((9, 8), marks=pytest.mark.xfail(reason="one more"))])
+@pytest.mark.parametrize("shape", [(10, 8), (8, 10), (9, 8)])
 def test_cropping_to_a_larger_matrix_is_refused(shape):
     with pytest.raises(ValueError, match="cannot crop"):
         crop_kspace(torch.ones(8, 8), shape)
