@@ -33,7 +33,7 @@ class MeasurementPartial(nn.Module):
 
     Three steps, each acting where its knowledge is. (1) The exact posterior mean for a stationary Gaussian prior of
     the learned power spectrum, given coils, mask and the noise of every line: ``x0``, by a few conjugate gradients.
-    (2) A network adds what is not Gaussian, ``x1 = x0 + c_out F(x0, what x0 leaves of the data)``. (3) Data consistency,
+    (2) A network adds what is not Gaussian, ``x1 = x0 + c_out F(x0, rest of the data)``. (3) Data consistency,
     ``argmin_x sum_k |E x - s|^2 / sigma_k^2 + |x - x1|^2 / tau^2``, by a few more conjugate gradients.
     ``D_S = S E x`` then tends to ``s`` as sigma falls, even where many coils make ``A A^H s`` differ from ``s``.
 
