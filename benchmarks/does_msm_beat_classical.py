@@ -1,4 +1,4 @@
-"""Does MSM, with one prior trained at R = 4, beat CG-SENSE, L1-wavelet and TV, on simulated people and on real scans?
+"""Ask whether MSM, with one prior trained at R = 4, beats CG-SENSE, L1-wavelet and TV on unseen people and real scans.
 
     python benchmarks/does_msm_beat_classical.py --real scan.h5 ... --simulated DIR --validation DIR --prior FILE
 

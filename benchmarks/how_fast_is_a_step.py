@@ -82,7 +82,7 @@ def sampling(quick: bool) -> list[dict[str, Any]]:
     hook = prior.network.register_forward_pre_hook(lambda module, inputs: passes.append(inputs))
     method(measurement, generators(SEED, 1))
     hook.remove()
-    low = getattr(prior, "bfloat16", False)
+    low = getattr(prior, "reduced", False)
 
     def bare() -> None:
         precision = torch.autocast("cpu", torch.bfloat16) if low else contextlib.nullcontext()

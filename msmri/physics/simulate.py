@@ -92,7 +92,9 @@ def smooth_field(shape: tuple[int, int], rng: Generator, *, order: int = 4) -> T
         for column in range(order):
             size = uniform(-1, 1, rng) / (1 + row**2 + column**2)
             phases = uniform(0, 2 * math.pi, rng), uniform(0, 2 * math.pi, rng)
-            field = field + size * torch.cos(math.pi * row * y + phases[0]) * torch.cos(math.pi * column * x + phases[1])
+            field = field + size * torch.cos(math.pi * row * y + phases[0]) * torch.cos(
+                math.pi * column * x + phases[1]
+            )
     return (field - field.mean()) / field.std().clamp_min(1e-6)
 
 

@@ -1,0 +1,65 @@
+"""Turn the weights of training runs into the file that ships: half precision, with recipe, data and licences inside.
+
+    python recipes/ship_weights.py RUN1/last.safetensors RUN2/last.safetensors msmri/weights/brain_r4.safetensors
+
+The last run's averaged weights are written; the headers of all runs, in order, tell how they came about.
+"""
+
+import argparse
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from msmri.model.checkpoint import load_checkpoint, save_checkpoint
+
+DATA = {
+    "colin27_t1": "Colin27 (Holmes et al. 1998), Debian mricron-data; BSD-3-Clause as stated there",
+    "s02_t1gd": "niivue/niivue-demo-images MR_Gd; BSD-2-Clause",
+    "s03_t2": "niivue/niivue-demo-images M2208_T2w; BSD-2-Clause",
+    "s05_t1": "niivue/niivue-demo-images register/T1_head_ext2; BSD-2-Clause",
+    "s06_t2flair": "fepegar/torchio-data fernando/t2; MIT",
+    "s08_t1, s08_t2, s08_flair": "neurolabusc/VolumeRenderingData stroke; MIT",
+    "ixi_012_t1, ixi_015_t1": "IXI, brain-development.org; CC BY-SA 3.0",
+}
+
+
+def main() -> None:
+    """Write the file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("out", type=Path)
+    options = parser.parse_args()
+    stages = []
+    for path in options.runs:
+        tensors, header = load_checkpoint(path)
+        recipe = header["recipe"]
+        recipe["data"] = {**recipe["data"], "path": "data/train"}
+        recipe["data"].pop("cache", None)
+        if "start" in recipe:
+            recipe["start"] = "the stage before"
+        stages.append({key: header[key] for key in ("recipe", "step", "loss", "msmri")})
+    # the spectrum spans more decades than half precision holds
+    small = {name: t if name == "spectrum" or t.ndim < 2 else t.to(torch.float16) for name, t in tensors.items()}
+    digest = hashlib.sha256()
+    for name in sorted(small):
+        digest.update(name.encode() + small[name].contiguous().numpy().tobytes())
+    shipped = {
+        "format": "msmri-partial",
+        "recipe": stages[-1]["recipe"],
+        "stages": stages,
+        "data": DATA,
+        "data_note": "k-space simulated from these volumes by recipes/simulate_brains.py, undersampled once at R = 4",
+        "weights_licence": "MIT, except that IXI's share-alike terms (CC BY-SA 3.0) may apply to what derives from it",
+        "tensors_sha256": digest.hexdigest(),
+        "purpose": "demonstration; not for clinical use",
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(options.out, small, shipped)
+    print(json.dumps({key: shipped[key] for key in ("tensors_sha256", "data")}, indent=2))
+    print(f"{options.out}: {options.out.stat().st_size / 2**20:.1f} MiB")
+
+
+if __name__ == "__main__":
+    main()
