@@ -28,7 +28,7 @@ REFERENCE = """@inproceedings{park2026measurement,
   booktitle = {International Conference on Learning Representations}, year = {2026}, note = {arXiv:2505.11853}
 }"""
 NOISE_FLOOR = 1e-3  # least std of measured lines, in scaled units: no network was trained below
-DATA_WEIGHT = {"proximal": 30.0, "gradient": 2.0, "none": 0.0}
+DATA_WEIGHT = {"proximal": 10.0, "gradient": 2.0, "none": 0.0}
 PAPER: Mapping[str, Any] = {
     "steps": 200,
     "schedule": "vp",
@@ -136,19 +136,20 @@ class MSM:
 
     prior: str | Path | PartialDenoiser | Denoiser | None = None  # weights file or a denoiser; None: the shipped prior
     samples: int = 4  # drawn for each slice; their mean is the image, their std the uncertainty
-    steps: int = 30  # noise levels
-    sigma_max: float = 1.0  # highest noise level; cuts the ladder of schedule "vp"
+    steps: int = 16  # noise levels
+    sigma_max: float = 3.0  # highest noise level; cuts the ladder of schedule "vp"
     sigma_min: float = 0.01  # lowest noise level before 0; cuts the ladder of schedule "vp"
     schedule: Literal["karras", "vp"] = "karras"  # EDM's ladder (rho 7), or every n-th of the levels trained on
-    masks_per_step: int = 3  # w: network passes a step, each on a mask of its own
+    masks_per_step: int = 1  # w: network passes a step, each on a mask of its own
     acceleration: float = 4.0  # of the sampling masks (random lines): that of the masks trained on
     covering: bool = True  # deal the masks of a step so that they reach most lines together; False: independent
     include_measured: bool = True  # put the measured lines, with their own noise, into every mask
     aggregate: Literal["parallel", "sequential"] = "parallel"  # how the masks of a step are run
-    likelihood: Literal["proximal", "gradient", "none"] = "proximal"  # how estimates are corrected by the data
+    likelihood: Literal["proximal", "gradient", "none"] | None = None  # how estimates are corrected by the data;
+    # None: not at all if the prior keeps to measured lines by itself, as the shipped one, else "proximal"
     data_weight: float | Literal["noise"] | None = None  # pull of the data: 1 / mu of "proximal", gamma of "gradient";
-    # "noise": mu = (noise_std / sigma)^2; None: 30 and 2
-    iterations: int = 8  # conjugate-gradient steps of "proximal"
+    # "noise": mu = (noise_std / sigma)^2; None: 10 and 2
+    iterations: int = 10  # conjugate-gradient steps of "proximal"
     project: bool = False  # remove from each estimate what no image can produce; "proximal" always does
     eta: float = 1.0  # share of fresh noise a step, 0 .. 1
     renewal: Literal["ancestral", "constant"] = "ancestral"  # fresh noise by the size of the step, or always eta
@@ -164,7 +165,7 @@ class MSM:
             if getattr(self, field) < 1:
                 raise InputError(f"msm cannot use {field}={getattr(self, field)}", mend="give 1 or more")
         for field, known in CHOICES.items():
-            if getattr(self, field) not in known:
+            if getattr(self, field) not in known and (field, getattr(self, field)) != ("likelihood", None):
                 raise InputError(f"msm: unknown {field} '{getattr(self, field)}'", mend=f"one of {', '.join(known)}")
         if not 0 <= self.eta <= 1:
             raise InputError(f"msm cannot use eta={self.eta}", mend="give 0 .. 1")
@@ -277,6 +278,8 @@ class MSM:
         values, measured, encoding, noise = problem.values, problem.mask, problem.encoding, problem.noise
         batch, shape = len(values), (values.shape[-2], values.shape[-1])
         sigmas = self._ladder(partial)
+        likelihood = self.likelihood or ("none" if getattr(partial, "keeps_data", False) else "proximal")
+        weight = self.data_weight if isinstance(self.data_weight, (int, float)) else DATA_WEIGHT[likelihood]
         law = RandomLines(self.acceleration)
         repeated = _take(encoding, torch.arange(batch).repeat(self.masks_per_step))
         nothing = torch.zeros((), dtype=torch.bool, device=values.device)
@@ -299,13 +302,13 @@ class MSM:
             clean = aggregate(
                 partial, step, masks, encoding, sigma, self.aggregate, rng=streams, eta=fresh, repeated=repeated
             )
-            if self.project and self.likelihood != "proximal":
+            if self.project and likelihood != "proximal":
                 clean = project(clean, encoding)
-            if self.likelihood == "gradient":  # what no mask reached was corrected when it was estimated
-                mended = gradient_step(clean, values, Subsample(measured), self._weight)
+            if likelihood == "gradient":  # what no mask reached was corrected when it was estimated
+                mended = gradient_step(clean, values, Subsample(measured), weight)
                 return torch.where(masks.any(0), mended, clean)
-            if self.likelihood == "proximal":
-                mu = (noise / step.sigma).square() if self.data_weight == "noise" else 1 / self._weight
+            if likelihood == "proximal":
+                mu = (noise / step.sigma).square() if self.data_weight == "noise" else 1 / weight
                 return proximal(clean, values, measured, encoding, weight=mu, iterations=self.iterations)[0]
             return clean
 
@@ -315,11 +318,6 @@ class MSM:
         eta = schedule.ancestral(sigmas, self.eta) if self.renewal == "ancestral" else self.eta
         begin = first + float(sigmas[0]) * normal_like(first, rng)
         yield from reverse_diffusion(estimate, begin, sigmas, rng=rng, eta=eta, first_estimate=first)
-
-    @property
-    def _weight(self) -> float:
-        weight = self.data_weight
-        return weight if isinstance(weight, (int, float)) else DATA_WEIGHT[self.likelihood]
 
 
 CHOICES: Mapping[str, tuple[str, ...]] = {

@@ -54,6 +54,7 @@ class MeasurementPartial(nn.Module):
     """
 
     spectrum: Tensor
+    keeps_data = True  # the estimate is consistent with low-noise lines: sampling need not correct it
 
     def __init__(
         self,
