@@ -1,0 +1,105 @@
+"""Ask which choices of the sampler and of the shipped prior's Wiener step pay, one change at a time.
+
+    python benchmarks/which_sampling_choice_pays.py SCANS --crop-to 96 --markdown docs/results_sampling.md
+
+Fully sampled scans are undersampled here. Rows are PSNR of the mean of the samples, of the first sample alone, and
+seconds, averaged over scans. Writes results/which_sampling_choice_pays.json.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from msmri.io.fastmri import list_scans
+from msmri.io.output import environment, sha256, write_manifest
+from msmri.methods.msm import MSM
+from msmri.metrics import psnr
+from msmri.model.prior import load_prior, shipped_prior
+from msmri.physics.masks import RandomLines
+from msmri.preparation import Preparation, measurements
+from msmri.report import markdown_table
+from msmri.tensors import generators
+
+ONE_STEP = {"steps": 1, "samples": 1, "sigma_max": 100.0, "masks_per_step": 1, "acceleration": 1.0}
+VARIANTS: dict[str, dict] = {
+    "default": {},
+    "one step from blank (no sampling)": ONE_STEP,
+    "one step, 8 Wiener iterations": {**ONE_STEP, "wiener": 8},
+    "one step, 60 Wiener iterations": {**ONE_STEP, "wiener": 60},
+    "8 Wiener iterations": {"wiener": 8},
+    "3 masks a step": {"masks_per_step": 3},
+    "8 steps": {"steps": 8},
+    "32 steps": {"steps": 32},
+    "start at sigma 1": {"sigma_max": 1.0},
+    "start at sigma 0.1": {"sigma_max": 0.1},
+    "deterministic (eta 0)": {"eta": 0.0},
+    "constant eta 1": {"renewal": "constant"},
+    "proximal data correction as well": {"likelihood": "proximal"},
+    "measured lines not in every mask, proximal": {"include_measured": False, "likelihood": "proximal"},
+    "independent masks": {"covering": False},
+    "8 samples": {"samples": 8, "batch": 8},
+}
+
+
+def main() -> None:
+    """Run and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scans", nargs="+")
+    parser.add_argument("--prior", default=None)
+    parser.add_argument("--accelerations", nargs="*", type=float, default=[4.0, 6.0])
+    parser.add_argument("--crop-to", type=int, default=96)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--markdown", type=Path, default=None)
+    here = Path(__file__).parent / "results" / "which_sampling_choice_pays.json"
+    parser.add_argument("--out", type=Path, default=here)
+    options = parser.parse_args()
+    prior = load_prior(options.prior)
+    trained = prior.wiener_iterations
+    cases = []
+    for acceleration in options.accelerations:
+        preparation = Preparation(law=RandomLines(acceleration), seed=options.seed, crop_to=options.crop_to)
+        for path in list_scans(options.scans):
+            cases += measurements(path, preparation, [0])
+    rows = []
+    for name, changes in VARIANTS.items():
+        prior.wiener_iterations = changes.get("wiener", trained)
+        method = MSM(prior=prior, **{key: value for key, value in changes.items() if key != "wiener"})
+        mean, single, begun = [], [], time.perf_counter()
+        for case in cases:
+            with torch.inference_mode():
+                found = method(case, generators(options.seed, 1))
+            target = case.target[0].numpy()
+            mean.append(psnr(target, found.magnitude[0].numpy()))
+            single.append(psnr(target, found.samples[0, 0].abs().numpy()))
+        seconds = (time.perf_counter() - begun) / len(cases)
+        rows.append({"variant": name, "psnr": mean, "psnr_one_sample": single, "seconds": seconds})
+        print(f"{name:45s} {np.mean(mean):.2f} {np.mean(single):.2f} {seconds:.1f} s", flush=True)
+    path = Path(options.prior) if options.prior else shipped_prior()
+    scans = [case.source[0] for case in cases]
+    record = {"environment": environment(), "seed": options.seed, "prior_sha256": sha256(path), "scans": scans}
+    write_manifest(options.out, {**record, "crop_to": options.crop_to, "rows": rows})
+    lines = [
+        {
+            "variant": row["variant"],
+            "PSNR, mean of samples": f"{np.mean(row['psnr']):.2f}",
+            "against default": f"{np.mean(row['psnr']) - np.mean(rows[0]['psnr']):+.2f}",
+            "PSNR, one sample": f"{np.mean(row['psnr_one_sample']):.2f}",
+            "seconds a slice": f"{row['seconds']:.1f}",
+        }
+        for row in rows
+    ]
+    table = markdown_table(lines, list(lines[0]))
+    if options.markdown:
+        options.markdown.write_text(
+            "# Which sampling choice pays?\n\nWritten by `benchmarks/which_sampling_choice_pays.py`; do not edit by "
+            f"hand. Scans: {', '.join(sorted(set(scans)))}, cropped to {options.crop_to}, nominal R "
+            f"{', '.join(f'{r:g}' for r in options.accelerations)}, seed {options.seed}, prior SHA-256 "
+            f"`{sha256(path)[:16]}`, commit `{environment().get('commit')}`.\n\n{table}\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
