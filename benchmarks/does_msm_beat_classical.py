@@ -151,7 +151,8 @@ def page(record: dict[str, Any], table: str, rows: list[dict[str, Any]]) -> str:
         "maximum of the target as data range, SSIM with a 7 x 7 uniform window. Nominal R is that of the mask law's "
         "outer lines; true R counts all lines. Classical weights are tuned on validation scans; *told*, where shown, "
         "means tuned on the test slice itself. MSM's own defaults (steps, sigma_max, masks a step, Wiener iterations) "
-        "were chosen in trials on these same scans, which flatters MSM; scans never looked at must confirm its rows.\n\n"
+        "were chosen in trials on these same scans, which flatters MSM; "
+        "scans never looked at must confirm its rows.\n\n"
         f"## Means\n\n{table}\n\n## PSNR of every slice, dB\n\n{markdown_table(each, list(each[0]))}\n"
     )
 
