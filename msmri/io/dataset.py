@@ -61,7 +61,7 @@ class TrainingScans:
             if not scan.is_undersampled:
                 raise InputError(
                     "the scan is fully sampled",
-                    mend="undersample it once with `msmri mask` or recipes/simulate_brains.py before training",
+                    mend="undersample it once before training, as docs/train.md shows",
                     path=path,
                 )
             slices = [scan.read(index) for index in range(scan.n_slices)]

@@ -33,9 +33,8 @@ class L1Wavelet:
     ----------
     weight
         Regularisation relative to the peak of the slice's zero-filled image: ``lambda = weight * max |E^H S y|``, so
-        that it does not depend on the units of the file. The default lost least (0.1 dB on average) against
-        the best weight of each case in a trial on brain scans at R = 4 and 6; :func:`msmri.methods.tuning.tune` finds
-        the best one for given validation scans.
+        that it does not depend on the units of the file. The default suits brain scans at R = 4 to 6;
+        :func:`msmri.methods.tuning.tune` finds the best one for given validation scans.
     iterations
         Steps of the solver.
     wavelet
