@@ -54,27 +54,36 @@ def draw_slices(volume: np.ndarray, axis: int, n: int, rng: Generator) -> Tensor
     return torch.from_numpy(stack[np.sort(chosen)].astype(np.float32) / 255)
 
 
-def place(slices: Tensor, rng: Generator, *, augment: bool) -> tuple[Tensor, tuple[int, int]]:
-    """Turn, flip, zoom and centre the slices on a grid, and choose the matrix to acquire."""
+def place(slices: Tensor, rng: Generator, *, augment: bool, finer: float) -> tuple[Tensor, tuple[int, int]]:
+    """Turn, flip, zoom and centre the slices on a grid, and choose the matrix to acquire.
+
+    A share ``finer`` of the subjects is enlarged, as scans of high resolution, and cut along the rows, as the field of
+    view is along the readout, to a band that costs no more than a whole slice of low resolution.
+    """
     array = slices.numpy()
+    enlarged = augment and finer > 0 and bool(torch.rand((), generator=rng) < finer)
     if augment:
         if torch.rand((), generator=rng) < 0.5:
             array = array[:, :, ::-1]
         array = np.rot90(array, int(torch.randint(0, 4, (), generator=rng)), (1, 2))
         angle = uniform(-20, 20, rng)
         array = ndimage.rotate(array, angle, axes=(1, 2), order=1, reshape=True)
-        zoom = uniform(0.75, 1.1, rng)
-        array = ndimage.zoom(array, (1, zoom, zoom * uniform(0.92, 1.08, rng)), order=1)
+        zoom = uniform(1.1, 1.8, rng) if enlarged else uniform(0.75, 1.1, rng)
+        array = ndimage.zoom(array, (1, zoom, zoom * uniform(0.92, 1.08, rng)), order=3 if enlarged else 1).clip(0)
     rows, columns = (np.flatnonzero((array > 0.08).any((0, axis))) for axis in (2, 1))
     array = array[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    fill = uniform(0.78, 0.96, rng), uniform(0.78, 0.96, rng)
+    if enlarged:
+        rows = min(array.shape[1], max(72, 26_000 // array.shape[2]))
+        top = int(torch.randint(0, array.shape[1] - rows + 1, (), generator=rng))
+        array = array[:, top : top + rows]
+    fill = 1.0 if enlarged else uniform(0.78, 0.96, rng), uniform(0.78, 0.96, rng)
     grid = [max(64, 2 * math.ceil(size / f / 2)) for size, f in zip(array.shape[1:], fill)]
     padded = np.zeros((len(array), *grid), np.float32)
     corner = [(g - s) // 2 for g, s in zip(grid, array.shape[1:])]
     padded[:, corner[0] : corner[0] + array.shape[1], corner[1] : corner[1] + array.shape[2]] = array
     keep = uniform(0.6, 1.0, rng) if augment else 1.0
     matrix = [max(64, 8 * round(g * keep / 8)) for g in grid]
-    longest = 224
+    longest = 320 if enlarged else 224
     while max(matrix) > longest or matrix[0] * matrix[1] > 200 * 176:
         matrix = [max(64, 8 * round(0.9 * m / 8)) for m in matrix]
     grid_size = [max(g, m) for g, m in zip(grid, matrix)]
@@ -84,7 +93,9 @@ def place(slices: Tensor, rng: Generator, *, augment: bool) -> tuple[Tensor, tup
     return torch.from_numpy(widened), (matrix[0], matrix[1])
 
 
-def simulate_subject(volumes: Path, split: str, rng: Generator, *, slices: int, augment: bool) -> dict:
+def simulate_subject(
+    volumes: Path, split: str, rng: Generator, *, slices: int, augment: bool, finer: float = 0.0
+) -> dict:
     """Draw one simulated subject: fully sampled k-space (slices, coil, ky, kx), noise level and where it came from."""
     names = list(SPLITS[split])
     weights = torch.tensor([float(SPLITS[split][name][1]) for name in names])
@@ -93,7 +104,7 @@ def simulate_subject(volumes: Path, split: str, rng: Generator, *, slices: int, 
     with np.load(volumes / file) as archive:
         volume = archive[name]
     axis = axes[int(torch.randint(0, len(axes), (), generator=rng))]
-    magnitude, matrix = place(draw_slices(volume, axis, slices, rng), rng, augment=augment)
+    magnitude, matrix = place(draw_slices(volume, axis, slices, rng), rng, augment=augment, finer=finer)
     if augment:
         magnitude = change_contrast(magnitude, rng)
     bias = torch.exp(uniform(0, 0.45, rng) * smooth_field((magnitude.shape[1], magnitude.shape[2]), rng, order=3))
@@ -116,6 +127,7 @@ def main() -> None:
     parser.add_argument("--slices", type=int, default=8)
     parser.add_argument("--first", type=int, default=0, help="number of the first subject")
     parser.add_argument("--acceleration", type=float, default=4.0)
+    parser.add_argument("--finer", type=float, default=0.0, help="share of enlarged subjects in the train split")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--full", action="store_true", help="write fully sampled scans with their reference (tests)")
     options = parser.parse_args()
@@ -128,7 +140,12 @@ def main() -> None:
             continue  # an interrupted run goes on where it stopped
         rng = Generator().manual_seed(slice_seed(f"{options.split}{number}", options.seed))
         subject = simulate_subject(
-            options.volumes, options.split, rng, slices=options.slices, augment=options.split == "train"
+            options.volumes,
+            options.split,
+            rng,
+            slices=options.slices,
+            augment=options.split == "train",
+            finer=options.finer,
         )
         kspace = subject.pop("kspace")
         attributes = {"acquisition": subject["volume"], "patient_id": f"{options.split}{number}"}

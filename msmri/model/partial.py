@@ -1,5 +1,6 @@
 """The measurement-domain partial denoiser: a Wiener estimate through coils, what a network adds, data consistency."""
 
+import copy
 from contextlib import nullcontext
 
 import torch
@@ -14,12 +15,27 @@ from msmri.tensors import Image, KSpace, Mask, Sigma
 _REACH = 1.5  # the spectrum's table ends at this multiple of the Nyquist frequency, beyond the corners
 _RINGS = 24  # rings of k-space in which the spectrum follows the scan at hand
 _TRUST = 16.0  # places that the training data count for in each ring
+_POWER = 0.7  # exponent of the hyper-Laplacian law of image gradients
+_SPARSITY = 5e-4  # its weight against |data misfit|^2, in scaled units
+_SMOOTHING = 0.01  # gradients below this count as noise
+_LARGEST_NOISE = 0.02  # above this noise level of the best lines, the weight no longer falls against that of the data
 
 
 def radial_frequency(shape: tuple[int, int], device: torch.device) -> Tensor:
     """Give the distance from the centre of k-space (ky, kx) in units of the Nyquist frequency of each axis, 0..1.41."""
     axes = [(torch.arange(n, device=device) - n // 2) / (n / 2) for n in shape]
     return (axes[0][:, None] ** 2 + axes[1][None, :] ** 2).sqrt()
+
+
+def image_gradient(image: Image) -> Tensor:
+    """Give the forward differences (2, *image.shape) along y and x, around the edges."""
+    return torch.stack([torch.roll(image, -1, -2) - image, torch.roll(image, -1, -1) - image])
+
+
+def image_divergence(gradient: Tensor) -> Image:
+    """Apply the adjoint of :func:`image_gradient` to (2, *image.shape)."""
+    down, right = gradient
+    return torch.roll(down, 1, -2) - down + torch.roll(right, 1, -1) - right
 
 
 def _interpolate(table: Tensor, position: Tensor) -> Tensor:
@@ -32,10 +48,13 @@ class MeasurementPartial(nn.Module):
     """Estimate the clean measurement on a mask from a noisy one, with a noise level for every line.
 
     Three steps, each acting where its knowledge is. (1) The exact posterior mean for a stationary Gaussian prior of
-    the learned power spectrum, given coils, mask and the noise of every line: ``x0``, by a few conjugate gradients.
+    the learned power spectrum, given coils, mask and the noise of every line: ``x0``, by a few conjugate gradients;
+    with ``reweightings``, then the estimate for sparse edges (hyper-Laplacian gradients) that starts from it.
     (2) A network adds what is not Gaussian, ``x1 = x0 + c_out F(x0, rest of the data)``. (3) Data consistency,
     ``argmin_x sum_k |E x - s|^2 / sigma_k^2 + |x - x1|^2 / tau^2``, by a few more conjugate gradients.
     ``D_S = S E x`` then tends to ``s`` as sigma falls, even where many coils make ``A A^H s`` differ from ``s``.
+    Steps (2) and (3) may be repeated with a network of their own each: an unrolled reconstruction (Aggarwal et al.
+    2019) as the partial denoiser.
 
     Lines may carry different noise: those already measured the scanner's, those being generated the diffusion's.
     At infinite noise a line says nothing, and the result is the estimate from the other lines.
@@ -49,6 +68,10 @@ class MeasurementPartial(nn.Module):
         0..1.5, measured on the training data, in scaled units.
     wiener_iterations, consistency_iterations
         Conjugate-gradient steps of (1) and (3).
+    reweightings, reweighted_iterations
+        How often the edges of ``x0`` are weighted anew, and conjugate-gradient steps each time; 0: Gaussian only.
+    cascades
+        How often (2) and (3) are done; each time has its own copy of ``network``.
     bfloat16
         Whether the network alone computes in bfloat16.
     """
@@ -63,15 +86,21 @@ class MeasurementPartial(nn.Module):
         *,
         wiener_iterations: int = 8,
         consistency_iterations: int = 5,
+        reweightings: int = 0,
+        reweighted_iterations: int = 10,
+        cascades: int = 1,
         bfloat16: bool = False,
     ) -> None:
         super().__init__()
         self.network = ComplexChannels(network)
+        self.later = nn.ModuleList(ComplexChannels(copy.deepcopy(network)) for _ in range(cascades - 1))
         self.register_buffer("spectrum", torch.ones(48) if spectrum is None else spectrum.float().clone())
         self.wiener_iterations = wiener_iterations
         self.consistency_iterations = consistency_iterations
+        self.reweightings = reweightings
+        self.reweighted_iterations = reweighted_iterations
         self.reduced = bfloat16  # nn.Module has a method called bfloat16
-        self.log_tau = nn.Parameter(torch.tensor([-1.0, 0.0]))
+        self.log_tau = nn.Parameter(torch.tensor([-1.0, 0.0]).repeat(cascades))
 
     def prior_variance(self, shape: tuple[int, int]) -> Tensor:
         """Interpolate the power spectrum of the training data on a k-space grid (ky, kx)."""
@@ -122,6 +151,34 @@ class MeasurementPartial(nn.Module):
         right = encoding.adjoint(weight * state)
         return self.solve(right, encoding, weight, 1 / variance, iterations=self.wiener_iterations)
 
+    def sharpen(self, image: Image, state: KSpace, encoding: LinearOperator, weight: Tensor, lowest: Tensor) -> Image:
+        """Find the image of sparse edges: ``argmin_x |weight^1/2 (E x - s)|^2 / 2 + lambda / p |grad x|^p``, p = 0.7.
+
+        By iteratively reweighted least squares from ``image`` (Krishnan and Fergus 2009 for the law of gradients,
+        Daubechies et al. 2010 for the iteration). The sets of a soft-SENSE image share their edges. ``lowest`` (b,) is
+        the noise of the best lines: lambda is ``_SPARSITY`` over its square, a constant share of the data's weight.
+        """
+        rows, columns = (2 - 2 * torch.cos(2 * torch.pi * (torch.arange(n) - n // 2) / n) for n in image.shape[-2:])
+        laplace = (rows[:, None] + columns[None, :]).to(weight.device)
+        strength = _SPARSITY / lowest.clamp(max=_LARGEST_NOISE).square()[:, None, None, None]
+        floor = encoding.kspace_weight(weight) + 0.1 * weight.amax((-3, -2, -1), keepdim=True)
+        right = encoding.adjoint(weight * state)
+        for _ in range(self.reweightings):
+            edges = image_gradient(image).abs().square().sum(0).sum(-3, keepdim=True)
+            pull = strength * (edges + _SMOOTHING**2) ** (_POWER / 2 - 1)
+            amplitude = (floor + pull.mean((-2, -1), keepdim=True) * laplace).rsqrt()
+
+            def normal(x: Image, pull: Tensor = pull) -> Image:
+                return encoding.weighted_normal(x, weight) + image_divergence(pull * image_gradient(x))
+
+            def preconditioned(z: Tensor, amplitude: Tensor = amplitude) -> Tensor:
+                return amplitude * fft2c(normal(ifft2c(amplitude * z)))
+
+            residual = amplitude * fft2c(right - normal(image))
+            change = conjugate_gradient(preconditioned, residual, iterations=self.reweighted_iterations)
+            image = image + ifft2c(amplitude * change)
+        return image
+
     def estimate(self, state: KSpace, mask: Mask, encoding: LinearOperator, sigma: Sigma) -> Image:
         """Estimate the clean image (b, set, y, x) from noisy k-space on the mask."""
         sigma = sigma.to(state.real.dtype).expand(len(state), *sigma.shape[1:])
@@ -131,27 +188,31 @@ class MeasurementPartial(nn.Module):
         with torch.no_grad():
             variance = self.scan_variance(state, mask, sigma)
             first = self.wiener(state, weight, encoding, variance)
+            lowest = torch.where(mask, sigma, torch.inf).amin((-3, -2, -1))
+            first = self.sharpen(first, state, encoding, weight, lowest)
             # expected error if every place were estimated by itself: the scale of what the network may change
             alone = torch.where(mask, variance * sigma.square() / (variance + sigma.square()), variance)
             scale = alone.mean((-2, -1), keepdim=True).sqrt()
-            lowest = torch.where(mask, sigma, torch.inf).amin((-3, -2, -1))
             highest = torch.where(mask, sigma, 0.0).amax((-3, -2, -1))
             fraction = mask.float().mean((-3, -2, -1))
             levels = [scale.flatten().log(), lowest.log(), highest.clamp(max=30.0).log(), 4 * fraction - 2]
             condition = torch.stack(levels, 1).repeat_interleave(first.shape[-3], 0)
             brightness = variance.mean((-2, -1), keepdim=True).sqrt()
-            # what the first estimate leaves of the data, each place trusted by its signal-to-noise ratio
+            # what an estimate leaves of the data, each place trusted by its signal-to-noise ratio
             trust = torch.where(mask, variance / (variance + sigma.square()), 0.0)
-            rest = encoding.adjoint(trust * (state - encoding(first)))
-            seen = torch.stack([first / brightness, rest / brightness], 2).flatten(0, 1)
-        cast = torch.autocast(state.device.type, torch.bfloat16) if self.reduced else nullcontext()
-        with cast:  # each set of maps is an image of its own to the network
-            change = self.network(seen, condition)
-        second = first + scale * change.reshape(first.shape)
-        tau = scale * (self.log_tau[0] + self.log_tau[1] * scale.log()).exp()
-        precision = tau.square().reciprocal()
-        residual = encoding.adjoint(weight * (state - encoding(second)))
-        return second + self.solve(residual, encoding, weight, precision, iterations=self.consistency_iterations)
+        image = first
+        for number, network in enumerate([self.network, *self.later]):
+            rest = encoding.adjoint(trust * (state - encoding(image)))
+            seen = torch.stack([image / brightness, rest / brightness], 2).flatten(0, 1)
+            cast = torch.autocast(state.device.type, torch.bfloat16) if self.reduced else nullcontext()
+            with cast:  # each set of maps is an image of its own to the network
+                change = network(seen, condition)
+            image = image + scale * change.reshape(image.shape)
+            base, slope = self.log_tau[2 * number : 2 * number + 2]
+            precision = (base + slope * scale.log()).exp().mul(scale).square().reciprocal()
+            residual = encoding.adjoint(weight * (state - encoding(image)))
+            image = image + self.solve(residual, encoding, weight, precision, iterations=self.consistency_iterations)
+        return image
 
     def forward(self, state: KSpace, mask: Mask, encoding: LinearOperator, sigma: Sigma) -> KSpace:
         """Estimate the clean measurement ``D_S(s, sigma)`` on the mask, zero elsewhere."""

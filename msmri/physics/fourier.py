@@ -19,17 +19,13 @@ def ifft2c(kspace: Tensor) -> Tensor:
 
 
 def centring_phase(shape: tuple[int, int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Give the phase (y, x) that turns an uncentred transform into a centred one, for even and odd sizes alike.
+    """Give the phase (y, x) that moves the centre of k-space: ``fft2c(x) = fft2(phase * ifftshift(x))``.
 
-    With c = n // 2 per axis, the centred transform is ``fft2c(x) = p * fft2(p * x)`` for
-    ``p[n] = exp(2i pi c (n - c / 2) / N)``: the shifts of both domains become one product each, and cancel
-    altogether in ``adjoint(weight * forward)``.
+    A shift of k-space by c = n // 2 is the phase ``exp(2i pi c n / N)`` in the image, for even and odd sizes alike;
+    the inverse is ``ifft2c(y) = fftshift(phase.conj() * ifft2(y))``.
     """
     axes = []
     for n in shape:
-        centre = n // 2
-        index = torch.arange(n, dtype=torch.float64)
-        # integer arithmetic modulo 2N keeps the angle exact for long axes
-        turns = torch.remainder(centre * (2 * index - centre), 2 * n) / (2 * n)
+        turns = torch.remainder(n // 2 * torch.arange(n, dtype=torch.float64), n) / n  # exact for long axes
         axes.append(torch.polar(torch.ones(n, dtype=torch.float64), 2 * math.pi * turns))
     return (axes[0][:, None] * axes[1][None, :]).to(dtype=dtype, device=device)

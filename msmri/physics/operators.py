@@ -99,9 +99,9 @@ class Subsample(LinearOperator):
 class CoilFourier(LinearOperator):
     """SENSE encoding: weight the image by each coil's sensitivity, transform, add the sets of maps.
 
-    Pruessmann et al. 1999; with two sets of maps, soft-SENSE (Uecker et al. 2014). The centring shifts are folded
-    into the maps once, so that forward and adjoint are one FFT and two products a coil, and the normal operator
-    needs no shift at all.
+    Pruessmann et al. 1999; with two sets of maps, soft-SENSE (Uecker et al. 2014). Of the centring shifts that of
+    k-space is a phase on the image side and is folded into the maps once; that of the image is one roll of the
+    combined image. Forward and adjoint so are one FFT and one product a coil.
 
     Parameters
     ----------
@@ -116,17 +116,14 @@ class CoilFourier(LinearOperator):
             raise ValueError(f"maps must be complex (..., set, coil, y, x), got {tuple(self.maps.shape)}")
 
     @cached_property
-    def _phase(self) -> Tensor:
+    def _shifted_maps(self) -> Tensor:
         y, x = self.maps.shape[-2:]
-        return centring_phase((y, x), dtype=self.maps.dtype, device=self.maps.device)
-
-    @cached_property
-    def _centred_maps(self) -> Tensor:
-        return self.maps * self._phase
+        phase = centring_phase((y, x), dtype=self.maps.dtype, device=self.maps.device)
+        return torch.fft.ifftshift(self.maps, dim=(-2, -1)) * phase
 
     @cached_property
     def _conjugate_maps(self) -> Tensor:
-        return self._centred_maps.conj().resolve_conj()
+        return self._shifted_maps.conj().resolve_conj()
 
     @property
     def n_sets(self) -> int:
@@ -136,28 +133,31 @@ class CoilFourier(LinearOperator):
     def _transform(self, x: Image) -> Tensor:
         if x.shape[-3] != self.n_sets or x.shape[-2:] != self.maps.shape[-2:]:
             raise ValueError(f"image {tuple(x.shape)} does not fit maps {tuple(self.maps.shape)}")
+        x = torch.fft.ifftshift(x, dim=(-2, -1))
         if self.n_sets == 1:
-            coils = self._centred_maps[..., 0, :, :, :] * x
+            coils = self._shifted_maps[..., 0, :, :, :] * x
         else:
-            coils = torch.einsum("...scyx,...syx->...cyx", self._centred_maps, x)
+            coils = torch.einsum("...scyx,...syx->...cyx", self._shifted_maps, x)
         return torch.fft.fft2(coils, norm="ortho")
 
     def _combine(self, y: Tensor) -> Image:
         coils = torch.fft.ifft2(y, norm="ortho")
         if self.n_sets == 1:
-            return (self._conjugate_maps[..., 0, :, :, :] * coils).sum(-3, keepdim=True)
-        return torch.einsum("...scyx,...cyx->...syx", self._conjugate_maps, coils)
+            image = (self._conjugate_maps[..., 0, :, :, :] * coils).sum(-3, keepdim=True)
+        else:
+            image = torch.einsum("...scyx,...cyx->...syx", self._conjugate_maps, coils)
+        return torch.fft.fftshift(image, dim=(-2, -1))
 
     def __call__(self, x: Image) -> KSpace:
         """Encode an image (*batch, set, y, x) as k-space (*batch, coil, ky, kx)."""
-        return self._transform(x) * self._phase
+        return self._transform(x)
 
     def adjoint(self, y: KSpace) -> Image:
         """Combine k-space (*batch, coil, ky, kx) into an image (*batch, set, y, x)."""
-        return self._combine(y * self._phase.conj())
+        return self._combine(y)
 
     def weighted_normal(self, x: Image, weight: Tensor) -> Image:
-        """Apply adjoint(weight * forward) without any shift: the centring phases cancel."""
+        """Apply adjoint(weight * forward), on the transform as it comes."""
         return self._combine(self._transform(x) * weight)
 
     def kspace_weight(self, weight: Tensor) -> Tensor:

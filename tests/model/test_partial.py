@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from msmri.model.partial import MeasurementPartial, radial_frequency
+from msmri.model.partial import MeasurementPartial, image_divergence, image_gradient, radial_frequency
 from msmri.physics.fourier import ifft2c
 from msmri.physics.operators import CoilFourier, Subsample
 from msmri.physics.simulate import coil_maps
@@ -287,3 +287,81 @@ def test_single_precision_and_bfloat16_agree():
         got = model(state.to(torch.complex64), mask, single, sigma.float())
         assert got.dtype == torch.complex64
         close(got.to(torch.complex128), expected, tolerance)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 6), (2, 7, 4)])
+def test_divergence_is_the_adjoint_of_the_gradient(shape):
+    image, field = normal(3, *shape), torch.stack([normal(3, *shape, seed=1), normal(3, *shape, seed=2)])
+    gradient = image_gradient(image)
+    assert torch.equal(gradient[1][..., 0], image[..., 1] - image[..., 0])
+    assert torch.equal(gradient[0][..., -1, :], image[..., 0, :] - image[..., -1, :])
+    left, right = (
+        torch.vdot(gradient.flatten(), field.flatten()),
+        torch.vdot(image.flatten(), image_divergence(field).flatten()),
+    )
+    assert abs(left - right) < 1e-12 * abs(left) + 1e-12
+
+
+@pytest.mark.parametrize(("shape", "sets"), [((12, 16), 1), ((13, 11), 2)])
+@pytest.mark.parametrize("level", [0.004, 0.1])
+def test_sharpening_ends_where_the_gradient_of_its_objective_is_zero(shape, sets, level):
+    model = partial()
+    model.reweightings, model.reweighted_iterations = 150, 60
+    coils, mask = encoding(shape, sets=sets), lines(shape[1])
+    sigma = torch.full((1, 1, 1, shape[1]), 3 * level, dtype=torch.float64)
+    sigma[lines(shape[1], seed=7) & mask] = level
+    clean = torch.zeros(1, sets, *shape, dtype=torch.complex128)
+    clean[..., 3:8, 4:9] = 1 + 0.5j
+    state = Subsample(mask)(coils(clean) + sigma * normal(1, 3, *shape, seed=2))
+    weight = torch.where(mask, 1 / sigma.square(), 0.0)
+    lowest = torch.tensor([level], dtype=torch.float64)
+    start = model.wiener(state, weight, coils, model.scan_variance(state, mask, sigma))
+    x = model.sharpen(start, state, coils, weight, lowest).requires_grad_(True)
+
+    def objective(x):
+        misfit = (weight * (coils(x) - state).abs().square()).sum() / 2
+        edges = sum((x.roll(-1, axis) - x).abs().square().sum(1) for axis in (-2, -1))
+        strength = 5e-4 / min(level, 0.02) ** 2
+        return misfit, strength / 0.7 * ((edges + 0.01**2) ** 0.35).sum()
+
+    misfit, prior = objective(x)
+    sizes = [torch.autograd.grad(part, x, retain_graph=True)[0] for part in (misfit, prior)]
+    assert float((sizes[0] + sizes[1]).norm()) < 2e-3 * float(sizes[1].norm())
+    with torch.no_grad():
+        assert float(sum(objective(x))) < float(sum(objective(start)))
+
+
+def test_sharp_edges_survive_undersampling_better():
+    shape = (32, 32)
+    coils, mask = encoding(shape), lines(32, share=0.35)
+    clean = torch.zeros(1, 1, *shape, dtype=torch.complex128)
+    clean[..., 6:24, 8:26] = 1
+    clean[..., 12:17, 10:20] = 0.4 + 0.3j
+    sigma = torch.full((1, 1, 1, 32), 0.01, dtype=torch.float64)
+    state = Subsample(mask)(coils(clean) + sigma * normal(1, 3, *shape))
+    spectrum = torch.linspace(3.0, -6.0, 48).exp()
+    smooth, sharp = partial(spectrum=spectrum), partial(spectrum=spectrum)
+    sharp.reweightings = 8
+    errors = [float((model.estimate(state, mask, coils, sigma) - clean).norm()) for model in (smooth, sharp)]
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_each_cascade_has_a_network_of_its_own():
+    shape = (10, 12)
+    settings = {"wiener_iterations": 10, "consistency_iterations": 6}
+    model = MeasurementPartial(Mixing(), SPECTRUM, cascades=3, **settings).double()
+    coils, mask = encoding(shape), lines(12)
+    sigma = linewise(mask, (0.05, 1.0))
+    state = Subsample(mask)(coils(prior_sample(model, shape).detach()))
+    model(state, mask, coils, sigma).abs().square().sum().backward()
+    gains = [dict(model.named_parameters())[f"{name}.network.gain"] for name in ("network", "later.0", "later.1")]
+    assert all(bool((gain.grad != 0).all()) for gain in gains) and not torch.equal(gains[0].grad, gains[1].grad)
+    assert model.log_tau.shape == (6,) and bool((model.log_tau.grad != 0).all())
+    # one cascade, and then its correction by a second that adds nothing and leaves the image alone
+    one = MeasurementPartial(Mixing(), SPECTRUM, **settings).double()
+    two = MeasurementPartial(Mixing(), SPECTRUM, cascades=2, **settings).double()
+    with torch.no_grad():
+        two.later[0].network.gain.zero_()
+        two.log_tau[2:] = torch.tensor([-20.0, 0.0])
+    with torch.no_grad():
+        close(two(state, mask, coils, sigma), one(state, mask, coils, sigma), 1e-6)
