@@ -1,17 +1,21 @@
-"""Ask which choices of the sampler and of the shipped prior's Wiener step pay, one change at a time.
+"""Ask which choices of the sampler and of the shipped prior's parts pay, one change at a time, on validation scans.
 
-    python benchmarks/which_sampling_choice_pays.py SCANS --crop-to 96 --markdown docs/results_sampling.md
+    python benchmarks/which_sampling_choice_pays.py VALIDATION_SCANS --markdown docs/results_sampling.md
 
-Fully sampled scans are undersampled here. Rows are PSNR of the mean of the samples, of the first sample alone, and
+Fully sampled scans are undersampled here; the defaults of MSM are chosen by this table, so that the scans must not be
+those of the results. Rows are PSNR of the mean of the samples, of the first sample alone, and
 seconds, averaged over scans. Writes results/which_sampling_choice_pays.json.
 """
 
 import argparse
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from msmri.io.fastmri import list_scans
 from msmri.io.output import environment, sha256, write_manifest
@@ -27,9 +31,10 @@ ONE_STEP = {"steps": 1, "samples": 1, "sigma_max": 100.0, "masks_per_step": 1, "
 VARIANTS: dict[str, dict] = {
     "default": {},
     "one step from blank (no sampling)": ONE_STEP,
-    "one step, 8 Wiener iterations": {**ONE_STEP, "wiener": 8},
-    "one step, 60 Wiener iterations": {**ONE_STEP, "wiener": 60},
-    "8 Wiener iterations": {"wiener": 8},
+    "one step, without networks": {**ONE_STEP, "prior": {"networks": False}},
+    "one step, without sparse edges": {**ONE_STEP, "prior": {"reweightings": 0}},
+    "one step, edges reweighted 10 times": {**ONE_STEP, "prior": {"reweightings": 10}},
+    "2 reweightings": {"prior": {"reweightings": 2}},
     "3 masks a step": {"masks_per_step": 3},
     "8 steps": {"steps": 8},
     "32 steps": {"steps": 32},
@@ -44,32 +49,48 @@ VARIANTS: dict[str, dict] = {
 }
 
 
+@contextlib.contextmanager
+def changed(prior: nn.Module, *, networks: bool = True, **attributes: int) -> Iterator[None]:
+    """Change attributes of a prior for a while, or let its networks add nothing."""
+    before = {name: getattr(prior, name) for name in attributes}
+    hooks = []
+    if not networks:
+        parts = [prior.network, *prior.later]
+        hooks = [part.register_forward_hook(lambda module, inputs, output: torch.zeros_like(output)) for part in parts]
+    for name, value in attributes.items():
+        setattr(prior, name, value)
+    yield
+    for name, value in before.items():
+        setattr(prior, name, value)
+    for hook in hooks:
+        hook.remove()
+
+
 def main() -> None:
     """Run and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scans", nargs="+")
     parser.add_argument("--prior", default=None)
     parser.add_argument("--accelerations", nargs="*", type=float, default=[4.0, 6.0])
-    parser.add_argument("--crop-to", type=int, default=96)
+    parser.add_argument("--crop-to", type=int, default=None)
+    parser.add_argument("--slices", nargs="*", type=int, default=[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--markdown", type=Path, default=None)
     here = Path(__file__).parent / "results" / "which_sampling_choice_pays.json"
     parser.add_argument("--out", type=Path, default=here)
     options = parser.parse_args()
     prior = load_prior(options.prior)
-    trained = prior.wiener_iterations
     cases = []
     for acceleration in options.accelerations:
         preparation = Preparation(law=RandomLines(acceleration), seed=options.seed, crop_to=options.crop_to)
         for path in list_scans(options.scans):
-            cases += measurements(path, preparation, [0])
+            cases += measurements(path, preparation, options.slices)
     rows = []
     for name, changes in VARIANTS.items():
-        prior.wiener_iterations = changes.get("wiener", trained)
-        method = MSM(prior=prior, **{key: value for key, value in changes.items() if key != "wiener"})
+        method = MSM(prior=prior, **{key: value for key, value in changes.items() if key != "prior"})
         mean, single, begun = [], [], time.perf_counter()
         for case in cases:
-            with torch.inference_mode():
+            with changed(prior, **changes.get("prior", {})):
                 found = method(case, generators(options.seed, 1))
             target = case.target[0].numpy()
             mean.append(psnr(target, found.magnitude[0].numpy()))
@@ -92,10 +113,11 @@ def main() -> None:
         for row in rows
     ]
     table = markdown_table(lines, list(lines[0]))
+    crop = f"cropped to {options.crop_to}" if options.crop_to else "full matrix"
     if options.markdown:
         options.markdown.write_text(
             "# Which sampling choice pays?\n\nWritten by `benchmarks/which_sampling_choice_pays.py`; do not edit by "
-            f"hand. Scans: {', '.join(sorted(set(scans)))}, cropped to {options.crop_to}, nominal R "
+            f"hand. Scans: {', '.join(sorted(set(scans)))}, {crop}, nominal R "
             f"{', '.join(f'{r:g}' for r in options.accelerations)}, seed {options.seed}, prior SHA-256 "
             f"`{sha256(path)[:16]}`, commit `{environment().get('commit')}`.\n\n{table}\n"
         )

@@ -25,6 +25,14 @@ BUILT_IN: Mapping[str, str] = {
     "l1-wavelet": "msmri.methods.wavelet:L1Wavelet",
     "tv": "msmri.methods.tv:TotalVariation",
     "msm": "msmri.methods.msm:MSM",
+    "ssdu": "msmri.methods.ssdu:SSDU",
+    "zs-ssdu": "msmri.methods.ssdu:ZeroShotSSDU",
+    "a-dps": "msmri.methods.adps:ADPS",
+    "a-ald": "msmri.methods.adps:AALD",
+    "a-os": "msmri.methods.adps:AOS",
+    "dps": "msmri.methods.adps:DPS",
+    "ddnm": "msmri.methods.adps:DDNM",
+    "diffpir": "msmri.methods.adps:DiffPIR",
 }
 
 

@@ -1,0 +1,114 @@
+"""The training losses of A-DPS, from undersampled measurements alone, and of its oracle, from fully sampled ones."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from torch import Generator, Tensor, nn
+
+from msmri.errors import InputError
+from msmri.measurement import Measurement
+from msmri.model.ambient import FurtherLines, FurtherMask
+from msmri.physics.masks import slice_seed
+from msmri.physics.operators import Subsample
+from msmri.tensors import Mask, Rng, normal_like
+
+
+def _streams(rng: Generator, n: int) -> list[Generator]:
+    seeds = torch.randint(0, 2**62, (n,), generator=rng)
+    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+
+
+def _draw_sigma(n: int, mean: float, spread: float, least: float, rng: Generator) -> Tensor:
+    """Draw noise levels (n, 1, 1, 1), normal in their logarithm. Karras et al. 2022, table 1."""
+    return (mean + spread * torch.randn(n, 1, 1, 1, generator=rng)).exp().clamp_min(least)
+
+
+@dataclass(frozen=True)
+class AmbientLoss:
+    """Ambient diffusion: hide more of what was measured, add noise, ask for all that was measured.
+
+    Daras et al. 2023 in principle, Aali et al. 2024 for MRI: with s the measured k-space on its own mask P, A = P E, P~
+    a part of P and A~ = P~ E, the network sees ``u = A~^H (P~ s + A~ sigma n)``, which is A~^H A~ (x + sigma n) made
+    of measured data only, and the loss is ``lambda(sigma) ||A^H (A h(u, P~, sigma) - s)||^2``. As every line of P has a
+    chance to be outside P~, the best h is E[x | u, P~]. The loss is divided by the real components of the image and by
+    the share of k-space in P; the original is the sum over the image.
+    """
+
+    further: FurtherMask = field(default_factory=FurtherLines)  # the law of P~ given P
+    redraw: bool = True  # a new P~ in every step; False, the original: one P~ a slice for ever, by the slice's name.
+    # P is the data's own and is never drawn. Few slices and one mask each would leave the network little to learn from
+    error: Literal["normal", "kspace"] = "normal"  # the norm of A^H (A h - s) as published, or that of A h - s
+    sigma_mean: float = -1.2  # of log sigma
+    sigma_spread: float = 1.2  # standard deviation of log sigma
+    sigma_min: float = 0.01  # lower levels, less than 1 in 400, are raised to this one (not in the original)
+
+    def __post_init__(self) -> None:
+        if self.error not in ("normal", "kspace"):
+            raise InputError(f"ambient loss: unknown error '{self.error}'", mend="'normal' or 'kspace'")
+
+    def further_masks(self, batch: Measurement, rng: Rng) -> Mask:
+        """Draw P~ (b, 1, 1 or ky, kx), one generator a slice; by the slices' names where it is fixed."""
+        if not self.redraw:
+            if len(batch.source) != len(batch.values):
+                raise InputError("masks that stay need the names of the slices", mend="set redraw: true")
+            rng = [torch.Generator().manual_seed(slice_seed(name, 0)) for name in batch.source]
+        masks = batch.mask.expand(len(batch.values), *batch.mask.shape[1:])
+        return torch.stack([self.further(mask, generator) for mask, generator in zip(masks, rng, strict=True)])
+
+    def __call__(self, model: nn.Module, batch: Measurement, rng: Generator) -> Tensor:
+        """Return the weighted squared error; ``model`` is an ``AmbientDenoiser`` or has its call and its weight."""
+        if batch.encoding is None:
+            raise InputError("this loss needs coil maps", mend="estimate them first (ESPIRiT)")
+        n, encoding, measured = len(batch.values), batch.encoding, Subsample(batch.mask)
+        values = measured(batch.values)
+        shown = Subsample(self.further_masks(batch, _streams(rng, n)))
+        sigma = _draw_sigma(n, self.sigma_mean, self.sigma_spread, self.sigma_min, rng).to(values.device)
+        noise = sigma * normal_like(encoding.adjoint(torch.zeros_like(values)), _streams(rng, n))
+        aliased = encoding.adjoint(shown(values + encoding(noise)))
+        error = measured(encoding(model(aliased, shown.mask, sigma))) - values
+        if self.error == "normal":
+            error = encoding.adjoint(error)
+        squared = error.abs().square().flatten(1).sum(1)
+        components = noise[0].numel() * (2 if noise.is_complex() else 1)
+        count = components * batch.mask.float().mean((-3, -2, -1)).clamp_min(1e-6)
+        return (cast(Any, model).weight(sigma).flatten() * squared / count).mean()
+
+
+def _has_gaps(mask: Mask) -> bool:
+    """Tell whether a mask is more than one block of columns."""
+    columns = mask.any(-2).int()
+    edges = torch.nn.functional.pad(columns, (1, 1)).diff(dim=-1).abs().sum(-1)
+    return bool((edges > 2).any())
+
+
+@dataclass(frozen=True)
+class CleanLoss:
+    """Denoising of clean images, the oracle's: ``lambda(sigma) ||D(x + sigma n, sigma) - x||^2``. Karras et al. 2022.
+
+    The clean image is ``E^H s`` of fully sampled k-space, whose margins may be empty.
+    """
+
+    sigma_mean: float = -1.2  # of log sigma
+    sigma_spread: float = 1.2  # standard deviation of log sigma
+    sigma_min: float = 0.002  # lower levels are raised to this one
+
+    def __call__(self, model: nn.Module, batch: Measurement, rng: Generator) -> Tensor:
+        """Return the weighted squared error per real component; ``model`` is an ``ImageDenoiser``.
+
+        Raises
+        ------
+        InputError
+            If a slice is undersampled, or has no coil maps.
+        """
+        where = batch.source[0] if batch.source else None
+        if batch.encoding is None:
+            raise InputError("this loss needs coil maps", mend="estimate them first (ESPIRiT)", path=where)
+        if _has_gaps(batch.mask):
+            raise InputError("the oracle learns from fully sampled scans", mend="give some", path=where)
+        clean = batch.encoding.adjoint(batch.values)
+        n = len(clean)
+        sigma = _draw_sigma(n, self.sigma_mean, self.sigma_spread, self.sigma_min, rng).to(clean.device)
+        noisy = clean + sigma * normal_like(clean, _streams(rng, n))
+        squared = (model(noisy, sigma) - clean).abs().square().flatten(1).mean(1) / (2 if clean.is_complex() else 1)
+        return (cast(Any, model).weight(sigma).flatten() * squared).mean()
