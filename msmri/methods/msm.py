@@ -27,6 +27,7 @@ REFERENCE = """@inproceedings{park2026measurement,
   author = {Park, Chicago Y. and Shoushtari, Shirin and An, Hongyu and Kamilov, Ulugbek S.},
   booktitle = {International Conference on Learning Representations}, year = {2026}, note = {arXiv:2505.11853}
 }"""
+BLANK = 100.0  # noise level, in scaled units, at which a line says nothing
 NOISE_FLOOR = 1e-3  # least std of measured lines, in scaled units: no network was trained below
 DATA_WEIGHT = {"proximal": 10.0, "gradient": 2.0, "none": 0.0}
 PAPER: Mapping[str, Any] = {
@@ -136,8 +137,8 @@ class MSM:
 
     prior: str | Path | PartialDenoiser | Denoiser | None = None  # weights file or a denoiser; None: the shipped prior
     samples: int = 4  # drawn for each slice; their mean is the image, their std the uncertainty
-    steps: int = 16  # noise levels
-    sigma_max: float = 3.0  # highest noise level; cuts the ladder of schedule "vp"
+    steps: int = 8  # noise levels
+    sigma_max: float = 0.5  # highest noise level; cuts the ladder of schedule "vp"
     sigma_min: float = 0.01  # lowest noise level before 0; cuts the ladder of schedule "vp"
     schedule: Literal["karras", "vp"] = "karras"  # EDM's ladder (rho 7), or every n-th of the levels trained on
     masks_per_step: int = 1  # w: network passes a step, each on a mask of its own
@@ -153,7 +154,8 @@ class MSM:
     project: bool = False  # remove from each estimate what no image can produce; "proximal" always does
     eta: float = 1.0  # share of fresh noise a step, 0 .. 1
     renewal: Literal["ancestral", "constant"] = "ancestral"  # fresh noise by the size of the step, or always eta
-    start: Literal["warm", "noise"] = "warm"  # CG-SENSE plus noise of sigma_max, or noise alone
+    start: Literal["mean", "warm", "noise"] | None = None  # the prior's estimate from the measured lines alone, or
+    # CG-SENSE, plus noise of sigma_max, or noise alone; None: "mean" if the prior takes blank lines, else "warm"
     batch: int = 4  # samples that go through the network at once, each with its masks_per_step masks if in parallel
 
     name: ClassVar[str] = "msm"
@@ -165,7 +167,9 @@ class MSM:
             if getattr(self, field) < 1:
                 raise InputError(f"msm cannot use {field}={getattr(self, field)}", mend="give 1 or more")
         for field, known in CHOICES.items():
-            if getattr(self, field) not in known and (field, getattr(self, field)) != ("likelihood", None):
+            if getattr(self, field) not in known and not (
+                field in ("likelihood", "start") and getattr(self, field) is None
+            ):
                 raise InputError(f"msm: unknown {field} '{getattr(self, field)}'", mend=f"one of {', '.join(known)}")
         if not 0 <= self.eta <= 1:
             raise InputError(f"msm cannot use eta={self.eta}", mend="give 0 .. 1")
@@ -209,8 +213,9 @@ class MSM:
             if not step.sigma > 0:
                 images.append(encoding.adjoint(step.estimate))
         stack = torch.cat(images).reshape(len(problem.values), self.samples, *images[0].shape[1:])
+        first = int(self._start(self._partial(problem.values.device)) == "mean")
         details = {
-            "NFE": self.masks_per_step * taken // (len(stack) * self.samples),
+            "NFE": self.masks_per_step * taken // (len(stack) * self.samples) + first,
             "steps": taken // (len(stack) * self.samples),
             "samples": self.samples,
             "seconds": time.perf_counter() - begin,
@@ -243,6 +248,9 @@ class MSM:
         partial: PartialDenoiser = ImagePartial(found) if hasattr(found, "denoise") else found
         self._loaded[str(device)] = partial
         return partial
+
+    def _start(self, partial: PartialDenoiser) -> str:
+        return self.start or ("mean" if getattr(partial, "keeps_data", False) else "warm")
 
     def _ladder(self, partial: PartialDenoiser) -> Tensor:
         if self.schedule == "karras":
@@ -313,7 +321,10 @@ class MSM:
             return clean
 
         first = torch.zeros_like(values)
-        if self.start == "warm":  # CG-SENSE
+        start = self._start(partial)
+        if start == "mean":  # all unmeasured lines blank: at this noise a line says nothing
+            first = partial(values, torch.ones_like(measured), encoding, torch.where(measured, noise, BLANK))
+        elif start == "warm":  # CG-SENSE
             first, _ = proximal(first, values, measured, encoding, weight=3e-3, iterations=30)
         eta = schedule.ancestral(sigmas, self.eta) if self.renewal == "ancestral" else self.eta
         begin = first + float(sigmas[0]) * normal_like(first, rng)
@@ -325,7 +336,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "aggregate": ("parallel", "sequential"),
     "likelihood": ("proximal", "gradient", "none"),
     "renewal": ("ancestral", "constant"),
-    "start": ("warm", "noise"),
+    "start": ("mean", "warm", "noise"),
 }
 
 

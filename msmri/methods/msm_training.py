@@ -56,7 +56,11 @@ class LinewiseMSM:
     diffusion noise sigma, and the loss asks only for them. The network so learns E[unknown lines | noisy unknown
     lines, clean known lines], the conditional score that posterior sampling needs, from R-fold undersampled data alone.
     At large sigma this is self-supervision by data splitting (Yaman et al. 2020), at small sigma denoising.
-    Every item is weighted by the inverse of its expected error under the stationary Gaussian prior, known beforehand.
+    Every item is weighted by the inverse of its expected error under the stationary Gaussian prior, known beforehand;
+    with ``logarithm``, by that of its own present error: the mean logarithm of the error, which is what PSNR measures.
+    Without it, slices far easier than a Gaussian prior expects would hardly count. The weight is one number for the
+    thousands of hidden places of a slice, which leaves the best estimate of each its conditional mean but for terms of
+    the order of one over their number.
     """
 
     hidden_min: float = 0.05  # smallest share of the outer lines that is diffused
@@ -66,6 +70,7 @@ class LinewiseMSM:
     sigma_min: float = 0.005  # in units of the scaled image
     sigma_max: float = 10.0  # the largest, at which a line says nothing
     least_noise: float = 1e-3  # floor of the scanner noise level
+    logarithm: bool = False  # the logarithm of every item's error
 
     def __call__(self, model: nn.Module, batch: Measurement, rng: Generator) -> Tensor:
         """Return the squared error on the diffused lines over its expectation."""
@@ -96,4 +101,4 @@ class LinewiseMSM:
         expected = torch.where(hidden & mask, expected, 0.0).flatten(1).sum(1)
         floor = torch.where(hidden & mask, scanner.square(), 0.0).expand_as(state.real).flatten(1).sum(1)
         loss = error.abs().square().flatten(1).sum(1) / 2 / (expected + floor).clamp_min(1e-9)
-        return loss.mean()
+        return (loss + 1e-4).log().mean() if self.logarithm else loss.mean()

@@ -329,10 +329,41 @@ def test_measured_lines_reach_every_mask_with_their_own_noise():
         assert bool(mask[..., measured].all()) and not bool(mask.all())
         assert torch.allclose(state[..., measured], (measurement.values / scale)[..., measured].expand(6, -1, -1, -1))
         assert torch.allclose(sigma[..., measured], 0.1 / scale)
-    assert [float(sigma[..., ~measured].max()) for *_, sigma in seen] == pytest.approx(karras(3.0, 0.01, 3).tolist())
+    assert [float(sigma[..., ~measured].max()) for *_, sigma in seen] == pytest.approx(karras(0.5, 0.01, 3).tolist())
     seen.clear()
     MSM(prior=spy, steps=1, samples=1, include_measured=False)(measurement, generators(0, 1))
-    assert not bool(seen[0][1][..., measured].all()) and float(seen[0][2].min()) == 3.0
+    assert not bool(seen[0][1][..., measured].all()) and float(seen[0][2].min()) == 0.5
+
+
+@pytest.mark.parametrize("places", [False, True])
+def test_starts_from_the_estimate_of_blank_lines(places):
+    measurement, *_ = problem(coils())
+    if places:
+        measurement = replace(measurement, mask=measurement.mask.expand(1, 1, 6, 10))
+    scale, seen = measurement.centre_scale(), []
+
+    class Spy:
+        keeps_data = True
+
+        def __call__(self, state, mask, encoding, sigma):
+            seen.append((state, mask, sigma.expand(len(state), 1, *mask.shape[-2:])))
+            return torch.where(mask, torch.full_like(state, 2.0), 0)
+
+    steps = list(MSM(prior=Spy(), steps=3, samples=1, sigma_max=0.02).iterate(measurement, generators(0, 1)))
+    state, mask, sigma = seen[0]
+    measured = measurement.mask
+    assert len(seen) == 4 and bool(mask.all()) and mask.shape == measured.shape
+    assert torch.equal(state, Subsample(measured)(measurement.values / scale))
+    torch.testing.assert_close(sigma[measured], (0.1 / scale).flatten().expand(int(measured.sum())))
+    assert bool((sigma[~measured] == 100).all())
+    # the first step begins from what the start says plus noise of the first level
+    begin = seen[1][0][(~measured).expand_as(state)] - 2
+    assert 0.015 < float(begin.real.std()) < 0.025 and float(begin.abs().max()) < 0.15
+    torch.testing.assert_close(steps[0].estimate, torch.full_like(state, 2.0))
+    assert MSM(prior=Spy(), steps=3, samples=2)(measurement, generators(0, 1)).details["NFE"] == 4
+    seen.clear()
+    list(MSM(prior=Spy(), steps=3, samples=1, start="warm").iterate(measurement, generators(0, 1)))
+    assert len(seen) == 3
 
 
 def test_iterate_yields_what_a_call_does():

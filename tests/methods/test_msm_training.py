@@ -103,6 +103,22 @@ def test_oracle_has_no_loss_and_zeros_the_expected_one():
     assert got == pytest.approx(expected, rel=0.02)
 
 
+def test_logarithm_is_the_mean_of_each_items_logarithm():
+    batch = gaussian(3)
+    plain = LinewiseMSM(hidden_min=0.5, hidden_max=0.5)
+    parts = []
+    for i in range(3):  # errors of items ten times apart; the others are answered without error
+
+        def answer(state, mask, sigma, i=i):
+            return torch.cat([batch.values[:i], batch.values[i : i + 1] + 0.1 * 10**i, batch.values[i + 1 :]])
+
+        parts.append(3 * float(plain(Recorder(answer), batch, stream())))
+    everything = Recorder(batch.values + 0.1 * 10 ** torch.arange(3.0).reshape(3, 1, 1, 1))
+    got = float(replace(plain, logarithm=True)(everything, batch, stream()))
+    assert got == pytest.approx(sum(math.log(part + 1e-4) for part in parts) / 3, rel=1e-4)
+    assert parts[2] > 50 * parts[1] > 2000 * parts[0] / 10
+
+
 def test_exact_estimate_of_one_coil_has_loss_one():
     batch = gaussian(256, coils=1, variance=2.0, noise=1e-3)
 
