@@ -29,13 +29,17 @@ def main() -> None:
     """Write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--note", default=None, help="what else to know about how the stages follow each other")
     parser.add_argument("out", type=Path)
     options = parser.parse_args()
     stages = []
     for path in options.runs:
         tensors, header = load_checkpoint(path)
         recipe = header["recipe"]
-        recipe["data"] = {**recipe["data"], "path": "data/train"}
+        paths = recipe["data"]["path"]
+        several = isinstance(paths, list)
+        named = [f"data/{Path(path).name}" for path in (paths if several else [paths])]
+        recipe["data"] = {**recipe["data"], "path": named if several else named[0]}
         recipe["data"].pop("cache", None)
         if "start" in recipe:
             recipe["start"] = "the stage before"
@@ -49,6 +53,7 @@ def main() -> None:
         "format": "msmri-partial",
         "recipe": stages[-1]["recipe"],
         "stages": stages,
+        **({"stages_note": options.note} if options.note else {}),
         "data": DATA,
         "data_note": "k-space simulated from these volumes by recipes/simulate_brains.py, undersampled once at R = 4",
         "weights_licence": "MIT, except that IXI's share-alike terms (CC BY-SA 3.0) may apply to what derives from it",

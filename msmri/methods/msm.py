@@ -154,6 +154,8 @@ class MSM:
     project: bool = False  # remove from each estimate what no image can produce; "proximal" always does
     eta: float = 1.0  # share of fresh noise a step, 0 .. 1
     renewal: Literal["ancestral", "constant"] = "ancestral"  # fresh noise by the size of the step, or always eta
+    adapt: bool = True  # weigh what the prior's networks add by how well they predict hidden lines of the scan itself,
+    # where the prior can tell (the shipped one can)
     start: Literal["mean", "warm", "noise"] | None = None  # the prior's estimate from the measured lines alone, or
     # CG-SENSE, plus noise of sigma_max, or noise alone; None: "mean" if the prior takes blank lines, else "warm"
     batch: int = 4  # samples that go through the network at once, each with its masks_per_step masks if in parallel
@@ -249,6 +251,18 @@ class MSM:
         self._loaded[str(device)] = partial
         return partial
 
+    def _gains(self, prior: PartialDenoiser, problem: "_Problem", rng: Rng) -> Tensor | None:
+        """Ask the prior how far its networks can be trusted on each slice: (slices, 1, 1, 1)."""
+        ask = getattr(prior, "network_gain", None)
+        if ask is None or not self.adapt:
+            return None
+        gains = []
+        for number, generator in enumerate(rng):
+            one = problem.take(torch.tensor([number]))
+            with torch.inference_mode():
+                gains.append(ask(one.values, one.mask, one.encoding, one.noise, _spawn(generator)))
+        return torch.cat(gains)
+
     def _start(self, partial: PartialDenoiser) -> str:
         return self.start or ("mean" if getattr(partial, "keeps_data", False) else "warm")
 
@@ -267,12 +281,14 @@ class MSM:
         n_slices = len(problem.values)
         if len(rng) != n_slices:
             raise ValueError(f"{n_slices} slices need as many generators, got {len(rng)}")
-        partial = self._partial(problem.values.device)
+        prior = self._partial(problem.values.device)
+        gains = self._gains(prior, problem, rng)
         streams = [_spawn(generator) for generator in rng for _ in range(self.samples)]
         index = torch.arange(n_slices).repeat_interleave(self.samples)
         for first in range(0, len(streams), self.batch):
             chosen = slice(first, first + self.batch)
             group = problem.take(index[chosen])
+            partial = prior if gains is None else _Gained(prior, gains[index[chosen].to(gains.device)])
             with torch.inference_mode():  # not around the yield: the caller's own code is not ours to change
                 run = self._sample(partial, group, streams[chosen])
                 step = next(run, None)
@@ -329,6 +345,22 @@ class MSM:
         eta = schedule.ancestral(sigmas, self.eta) if self.renewal == "ancestral" else self.eta
         begin = first + float(sigmas[0]) * normal_like(first, rng)
         yield from reverse_diffusion(estimate, begin, sigmas, rng=rng, eta=eta, first_estimate=first)
+
+
+@dataclass(frozen=True)
+class _Gained:
+    """A prior whose networks count by ``gain`` (batch, 1, 1, 1), also for several masks of the batch in a row."""
+
+    prior: Any
+    gain: Tensor
+
+    @property
+    def keeps_data(self) -> bool:
+        return getattr(self.prior, "keeps_data", False)
+
+    def __call__(self, state: KSpace, mask: Mask, encoding: LinearOperator, sigma: Sigma) -> KSpace:
+        gain = self.gain.repeat(len(state) // len(self.gain), 1, 1, 1)
+        return self.prior(state, mask, encoding, sigma, gain)
 
 
 CHOICES: Mapping[str, tuple[str, ...]] = {

@@ -1,10 +1,11 @@
 """The measurement-domain partial denoiser: a Wiener estimate through coils, what a network adds, data consistency."""
 
 import copy
+import math
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from msmri.model.denoiser import ComplexChannels
 from msmri.physics.fourier import fft2c, ifft2c
@@ -18,6 +19,9 @@ _TRUST = 16.0  # places that the training data count for in each ring
 _POWER = 0.7  # exponent of the hyper-Laplacian law of image gradients
 _SPARSITY = 5e-4  # its weight against |data misfit|^2, in scaled units
 _SMOOTHING = 0.01  # gradients below this count as noise
+_KEPT_CENTRE = 20 / 256  # share of the axes, around the centre, that is never hidden
+_BLANK = 100.0  # noise level, in scaled units, at which a line says nothing
+_USUAL_SIDE = 160  # matrix (root of its area) that the number of iterations for sparse edges is meant for
 _LARGEST_NOISE = 0.02  # above this noise level of the best lines, the weight no longer falls against that of the data
 
 
@@ -69,7 +73,8 @@ class MeasurementPartial(nn.Module):
     wiener_iterations, consistency_iterations
         Conjugate-gradient steps of (1) and (3).
     reweightings, reweighted_iterations
-        How often the edges of ``x0`` are weighted anew, and conjugate-gradient steps each time; 0: Gaussian only.
+        How often the edges of ``x0`` are weighted anew, and conjugate-gradient steps each time (in proportion more on a
+        matrix larger than 160 x 160, where what coils and edges tell has farther to go); 0: Gaussian only.
     cascades
         How often (2) and (3) are done; each time has its own copy of ``network``.
     bfloat16
@@ -163,6 +168,8 @@ class MeasurementPartial(nn.Module):
         strength = _SPARSITY / lowest.clamp(max=_LARGEST_NOISE).square()[:, None, None, None]
         floor = encoding.kspace_weight(weight) + 0.1 * weight.amax((-3, -2, -1), keepdim=True)
         right = encoding.adjoint(weight * state)
+        side = math.sqrt(image.shape[-2] * image.shape[-1])
+        iterations = round(self.reweighted_iterations * max(1.0, side / _USUAL_SIDE))
         for _ in range(self.reweightings):
             edges = image_gradient(image).abs().square().sum(0).sum(-3, keepdim=True)
             pull = strength * (edges + _SMOOTHING**2) ** (_POWER / 2 - 1)
@@ -175,12 +182,53 @@ class MeasurementPartial(nn.Module):
                 return amplitude * fft2c(normal(ifft2c(amplitude * z)))
 
             residual = amplitude * fft2c(right - normal(image))
-            change = conjugate_gradient(preconditioned, residual, iterations=self.reweighted_iterations)
+            change = conjugate_gradient(preconditioned, residual, iterations=iterations)
             image = image + ifft2c(amplitude * change)
         return image
 
-    def estimate(self, state: KSpace, mask: Mask, encoding: LinearOperator, sigma: Sigma) -> Image:
-        """Estimate the clean image (b, set, y, x) from noisy k-space on the mask."""
+    def estimate(
+        self, state: KSpace, mask: Mask, encoding: LinearOperator, sigma: Sigma, gain: Tensor | None = None
+    ) -> Image:
+        """Estimate the clean image (b, set, y, x) from noisy k-space on the mask.
+
+        ``gain`` (b, 1, 1, 1), as :meth:`network_gain` gives it, is the share of what the networks add; all without it.
+        """
+        first, last = self.estimates(state, mask, encoding, sigma)
+        return last if gain is None else first + gain * (last - first)
+
+    def network_gain(
+        self, values: KSpace, mask: Mask, encoding: LinearOperator, noise: Sigma, rng: Generator, *, splits: int = 4
+    ) -> Tensor:
+        """Find how far the networks can be trusted on one scan, from its measured lines alone: (1, 1, 1, 1) in 0..1.
+
+        The measured lines outside the centre are dealt into ``splits`` groups. Each group in turn is hidden and
+        estimated from the rest; the gain is the least-squares share of what the networks add that best explains what
+        was hidden: cross-validation of the prior on the scan, as zero-shot self-supervision does for training (Yaman
+        et al. 2022). Unlike the training data, a scan may be one where the networks do harm; they then count little.
+
+        Parameters
+        ----------
+        values, mask, noise
+            Scaled k-space (1, coil, ky, kx), its mask and the std of its noise (1, 1, 1, 1).
+        """
+        group = torch.randint(0, splits, mask.shape, generator=rng)
+        centre = torch.ones(mask.shape[-2:], dtype=torch.bool)
+        for axis, n in enumerate(mask.shape[-2:]):
+            inside = (torch.arange(n) - n // 2).abs() <= round(n * _KEPT_CENTRE / 2)
+            centre &= inside[:, None] if axis == 0 else inside[None, :]
+        group = torch.where(centre, -1, group).to(mask.device)
+        hidden = (group == torch.arange(splits, device=mask.device).reshape(-1, 1, 1, 1)) & mask
+        state = torch.where(mask & ~hidden, values, torch.zeros((), dtype=values.dtype, device=values.device))
+        sigma = torch.where(mask & ~hidden, noise, _BLANK)
+        first, last = self.estimates(state, torch.ones_like(hidden), encoding, sigma)
+        added = torch.where(hidden, encoding(last - first), 0)
+        missing = torch.where(hidden, values - encoding(first), 0)
+        energy = added.abs().square().sum()
+        gain = (added.conj() * missing).real.sum() / energy.clamp_min(1e-30)
+        return torch.where(energy > 0, gain.clamp(0.0, 1.0), 1.0).reshape(1, 1, 1, 1)
+
+    def estimates(self, state: KSpace, mask: Mask, encoding: LinearOperator, sigma: Sigma) -> tuple[Image, Image]:
+        """Estimate the clean image without the networks, and with them, both (b, set, y, x)."""
         sigma = sigma.to(state.real.dtype).expand(len(state), *sigma.shape[1:])
         mask, sigma = torch.broadcast_tensors(mask, sigma)
         state = torch.where(mask, state, torch.zeros((), dtype=state.dtype, device=state.device))
@@ -212,9 +260,11 @@ class MeasurementPartial(nn.Module):
             precision = (base + slope * scale.log()).exp().mul(scale).square().reciprocal()
             residual = encoding.adjoint(weight * (state - encoding(image)))
             image = image + self.solve(residual, encoding, weight, precision, iterations=self.consistency_iterations)
-        return image
+        return first, image
 
-    def forward(self, state: KSpace, mask: Mask, encoding: LinearOperator, sigma: Sigma) -> KSpace:
-        """Estimate the clean measurement ``D_S(s, sigma)`` on the mask, zero elsewhere."""
-        measured = encoding(self.estimate(state, mask, encoding, sigma))
+    def forward(
+        self, state: KSpace, mask: Mask, encoding: LinearOperator, sigma: Sigma, gain: Tensor | None = None
+    ) -> KSpace:
+        """Estimate the clean measurement ``D_S(s, sigma)`` on the mask, zero elsewhere; ``gain`` as in estimate."""
+        measured = encoding(self.estimate(state, mask, encoding, sigma, gain))
         return torch.where(mask, measured, torch.zeros((), dtype=measured.dtype, device=measured.device))

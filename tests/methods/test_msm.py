@@ -366,6 +366,30 @@ def test_starts_from_the_estimate_of_blank_lines(places):
     assert len(seen) == 3
 
 
+def test_each_slice_has_a_gain_of_its_own():
+    one, *_ = problem(coils())
+    batch = replace(one, values=torch.cat([one.values, 2j * one.values, one.values]), mask=one.mask.expand(3, 1, 1, 10))
+    asked, gains = [], []
+
+    class Spy:
+        def network_gain(self, values, mask, encoding, noise, rng):
+            asked.append((values, noise, float(torch.rand((), generator=rng))))
+            return torch.full((1, 1, 1, 1), 0.1 * len(asked))
+
+        def __call__(self, state, mask, encoding, sigma, gain=None):
+            gains.append(None if gain is None else gain.flatten().tolist())
+            return torch.where(mask, torch.ones_like(state), 0)
+
+    method = MSM(prior=Spy(), steps=1, samples=2, masks_per_step=2, batch=3)
+    found = method(batch, generators(0, 3)).samples
+    assert len(asked) == 3 and asked[0][2] != asked[1][2]
+    torch.testing.assert_close(asked[1][0][0], 2j * batch.values[0] / batch.centre_scale()[1])
+    assert gains == [pytest.approx([0.1, 0.1, 0.2] * 2), pytest.approx([0.2, 0.3, 0.3] * 2)]
+    gains.clear()
+    replace(method, adapt=False)(batch, generators(0, 3))
+    assert len(asked) == 3 and gains == [None, None] and found.shape == (3, 2, 6, 10)
+
+
 def test_iterate_yields_what_a_call_does():
     measurement, *_ = problem(coils())
     method = MSM(**QUICK, samples=3, batch=2)

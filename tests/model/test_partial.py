@@ -365,3 +365,57 @@ def test_each_cascade_has_a_network_of_its_own():
         two.log_tau[2:] = torch.tensor([-20.0, 0.0])
     with torch.no_grad():
         close(two(state, mask, coils, sigma), one(state, mask, coils, sigma), 1e-6)
+
+
+class Told(MeasurementPartial):
+    """Its networks add ``factor`` times what is missing in a first estimate that lacks ``missing``."""
+
+    def __init__(self, truth, missing, factor):
+        super().__init__(Zeros(), SPECTRUM)
+        self.truth, self.missing, self.factor, self.seen = truth, missing, factor, None
+
+    def estimates(self, state, mask, encoding, sigma):
+        self.seen = state, mask, sigma
+        first = self.truth - self.missing
+        return first.expand(len(state), -1, -1, -1), first + self.factor * self.missing
+
+
+@pytest.mark.parametrize("places", [False, True])
+@pytest.mark.parametrize(("factor", "gain"), [(1.0, 1.0), (2.0, 0.5), (4.0, 0.25), (0.5, 1.0), (-1.0, 0.0), (0.0, 1.0)])
+def test_network_gain_is_the_share_that_explains_hidden_lines(factor, gain, places):
+    shape = (20, 52)
+    coils, mask = encoding(shape), lines(52)
+    if places:
+        mask = torch.rand(1, 1, *shape, generator=torch.Generator().manual_seed(1)) < 0.6
+    model = Told(prior_sample(partial(), shape), prior_sample(partial(), shape, seed=5), factor)
+    values = Subsample(mask)(coils(model.truth))
+    poisoned = torch.where(mask, values, torch.tensor(float("nan"), dtype=values.dtype))
+    noise = torch.full((1, 1, 1, 1), 0.1, dtype=torch.float64)
+    found = model.network_gain(poisoned, mask, coils, noise, torch.Generator().manual_seed(0))
+    assert found.shape == (1, 1, 1, 1) and float(found) == pytest.approx(gain, abs=1e-6)
+    state, everywhere, sigma = model.seen
+    hidden = mask & (sigma == 100)
+    assert bool(everywhere.all()) and len(state) == 4
+    times = hidden.sum(0)[0]  # every measured line is hidden once, but for the centre
+    centre = (torch.arange(52) - 26).abs() <= 2
+    if places:
+        centre = centre[None, :] & ((torch.arange(20) - 10).abs() <= 1)[:, None]
+    assert torch.equal(times, (mask[0, 0] & ~centre).long())
+    assert not bool(state[hidden.expand_as(state)].any()) and bool((sigma[mask & ~hidden] == 0.1).all())
+    kept = (mask & ~hidden).expand_as(state)
+    assert torch.equal(state[kept], values.expand_as(state)[kept])
+
+
+def test_gain_weighs_what_the_networks_add():
+    shape = (10, 12)
+    model = partial(Mixing(), wiener=10, consistency=6)
+    coils, mask = encoding(shape, batch=2), lines(12, batch=2)
+    sigma = linewise(mask, (0.05, 1.0))
+    state = Subsample(mask)(coils(prior_sample(model, shape, batch=2)))
+    first, last = model.estimates(state, mask, coils, sigma)
+    assert float((last - first).norm()) > 0.01 * float(first.norm())
+    gain = torch.tensor([0.0, 0.3], dtype=torch.float64).reshape(2, 1, 1, 1)
+    expected = torch.cat([first[:1], first[1:] + 0.3 * (last - first)[1:]])
+    close(model.estimate(state, mask, coils, sigma, gain), expected, 1e-9)
+    assert torch.equal(model.estimate(state, mask, coils, sigma), last)
+    close(model(state, mask, coils, sigma, gain), Subsample(mask)(coils(expected)), 1e-9)
