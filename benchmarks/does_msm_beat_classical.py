@@ -158,9 +158,10 @@ def page(record: dict[str, Any], table: str, rows: list[dict[str, Any]]) -> str:
         "outer lines; true R counts all lines. Classical weights are tuned on validation scans; *told*, where shown, "
         "means tuned on the test slice itself. MSM's settings were chosen on the validation scans too "
         "(which_sampling_choice_pays.py); but while its denoiser was built, the real scans were looked at several "
-        "times, and weighing the networks on the scan itself was added after one of them had shown that they can do harm. "
-        "Scans never looked at must confirm its rows. Error / std: root mean square error of the mean over the root "
-        "mean square of the standard deviation over samples; 1 would be a calibrated spread if the reference were exact.\n\n"
+        "times, and weighing the networks on the scan itself was added after one of them had shown that they can "
+        "do harm. Scans never looked at must confirm its rows. Error / std: root mean square error of the mean "
+        "over the root mean square of the standard deviation over samples; 1 would be a calibrated spread if the "
+        "reference were exact.\n\n"
         f"## Means\n\n{table}\n\n## PSNR of every slice, dB\n\n{markdown_table(each, list(each[0]))}\n"
     )
 
