@@ -169,14 +169,13 @@ def test_wrong_shapes_are_refused():
 
 class WrongAdjoint(CoilFourier):
     def adjoint(self, y):
-        return self._combine(y * self._phase)
+        return torch.roll(self._combine(y), 1, -1)
 
 
 class WrongConjugate(CoilFourier):
     def adjoint(self, y):
-        return (self._centred_maps[..., 0, :, :, :] * torch.fft.ifft2(y * self._phase.conj(), norm="ortho")).sum(
-            -3, True
-        )
+        image = (self._shifted_maps[..., 0, :, :, :] * torch.fft.ifft2(y, norm="ortho")).sum(-3, True)
+        return torch.fft.fftshift(image, dim=(-2, -1))
 
 
 class WrongNormal(CoilFourier):
