@@ -134,18 +134,15 @@ class CoilFourier(LinearOperator):
         if x.shape[-3] != self.n_sets or x.shape[-2:] != self.maps.shape[-2:]:
             raise ValueError(f"image {tuple(x.shape)} does not fit maps {tuple(self.maps.shape)}")
         x = torch.fft.ifftshift(x, dim=(-2, -1))
-        if self.n_sets == 1:
-            coils = self._shifted_maps[..., 0, :, :, :] * x
-        else:
-            coils = torch.einsum("...scyx,...syx->...cyx", self._shifted_maps, x)
+        coils = self._shifted_maps[..., 0, :, :, :] * x[..., :1, :, :]
+        for number in range(1, self.n_sets):  # not a matrix product, whose rounding would depend on the batch
+            coils = coils + self._shifted_maps[..., number, :, :, :] * x[..., number : number + 1, :, :]
         return torch.fft.fft2(coils, norm="ortho")
 
     def _combine(self, y: Tensor) -> Image:
         coils = torch.fft.ifft2(y, norm="ortho")
-        if self.n_sets == 1:
-            image = (self._conjugate_maps[..., 0, :, :, :] * coils).sum(-3, keepdim=True)
-        else:
-            image = torch.einsum("...scyx,...cyx->...syx", self._conjugate_maps, coils)
+        sets = [(self._conjugate_maps[..., s, :, :, :] * coils).sum(-3, keepdim=True) for s in range(self.n_sets)]
+        image = sets[0] if self.n_sets == 1 else torch.cat(sets, dim=-3)
         return torch.fft.fftshift(image, dim=(-2, -1))
 
     def __call__(self, x: Image) -> KSpace:
