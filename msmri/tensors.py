@@ -38,6 +38,9 @@ def normal_like(values: Tensor, rng: Rng) -> Tensor:
 
 def generators(seed: int, n: int, *, first: int = 0) -> list[Generator]:
     """Make ``n`` independent CPU generators: sample ``first + i`` of ``seed`` always gets the same stream."""
-    streams = torch.Generator().manual_seed(seed)
-    seeds = torch.randint(0, 2**62, (first + n,), generator=streams)[first:]
-    return [torch.Generator().manual_seed(int(s)) for s in seeds]
+    return spawn(torch.Generator().manual_seed(seed), first + n)[first:]
+
+
+def spawn(rng: Generator, n: int) -> list[Generator]:
+    """Start ``n`` independent CPU generators from one, which moves on by ``n`` draws."""
+    return [torch.Generator().manual_seed(int(seed)) for seed in torch.randint(0, 2**62, (n,), generator=rng)]

@@ -29,7 +29,7 @@ from msmri.sampling import schedule
 from msmri.sampling.guided import guided_euler
 from msmri.sampling.likelihood import proximal
 from msmri.sampling.reverse import Step, reverse_diffusion
-from msmri.tensors import Image, KSpace, Mask, Rng, Sigma, normal_like
+from msmri.tensors import Image, KSpace, Mask, Rng, Sigma, normal_like, spawn
 
 AALI = """@inproceedings{aali2025ambient,
   title = {Ambient Diffusion Posterior Sampling: Solving Inverse Problems with Diffusion Models Trained on
@@ -138,8 +138,7 @@ class _Learned(ABC):
         model = self._model(measurement.values.device)
         for index, generator in enumerate(rng):
             one = self._slice(measurement, index)
-            seeds = [int(torch.randint(0, 2**62, (), generator=generator)) for _ in range(samples)]
-            streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+            streams = spawn(generator, samples)
             for first in range(0, samples, together):
                 for step in self._sample(model, one, streams[first : first + together]):
                     yield one, step

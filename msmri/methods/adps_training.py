@@ -11,12 +11,7 @@ from msmri.measurement import Measurement
 from msmri.model.ambient import FurtherLines, FurtherMask
 from msmri.physics.masks import slice_seed
 from msmri.physics.operators import Subsample
-from msmri.tensors import Mask, Rng, normal_like
-
-
-def _streams(rng: Generator, n: int) -> list[Generator]:
-    seeds = torch.randint(0, 2**62, (n,), generator=rng)
-    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+from msmri.tensors import Mask, Rng, normal_like, spawn
 
 
 def _draw_sigma(n: int, mean: float, spread: float, least: float, rng: Generator) -> Tensor:
@@ -62,9 +57,9 @@ class AmbientLoss:
             raise InputError("this loss needs coil maps", mend="estimate them first (ESPIRiT)")
         n, encoding, measured = len(batch.values), batch.encoding, Subsample(batch.mask)
         values = measured(batch.values)
-        shown = Subsample(self.further_masks(batch, _streams(rng, n)))
+        shown = Subsample(self.further_masks(batch, spawn(rng, n)))
         sigma = _draw_sigma(n, self.sigma_mean, self.sigma_spread, self.sigma_min, rng).to(values.device)
-        noise = sigma * normal_like(encoding.adjoint(torch.zeros_like(values)), _streams(rng, n))
+        noise = sigma * normal_like(encoding.adjoint(torch.zeros_like(values)), spawn(rng, n))
         aliased = encoding.adjoint(shown(values + encoding(noise)))
         error = measured(encoding(model(aliased, shown.mask, sigma))) - values
         if self.error == "normal":
@@ -109,6 +104,6 @@ class CleanLoss:
         clean = batch.encoding.adjoint(batch.values)
         n = len(clean)
         sigma = _draw_sigma(n, self.sigma_mean, self.sigma_spread, self.sigma_min, rng).to(clean.device)
-        noisy = clean + sigma * normal_like(clean, _streams(rng, n))
+        noisy = clean + sigma * normal_like(clean, spawn(rng, n))
         squared = (model(noisy, sigma) - clean).abs().square().flatten(1).mean(1) / (2 if clean.is_complex() else 1)
         return (cast(Any, model).weight(sigma).flatten() * squared).mean()

@@ -14,20 +14,20 @@ from msmri.errors import InputError
 from msmri.measurement import Measurement, Reconstruction
 from msmri.methods import combine_sets
 from msmri.model.denoiser import Denoiser, VPSchedule
+from msmri.model.partial import BLANK
 from msmri.physics.coils import estimate_noise_std
 from msmri.physics.masks import RandomLines, covering
 from msmri.physics.operators import CoilFourier, Composed, Identity, LinearOperator, Subsample
 from msmri.sampling import schedule
 from msmri.sampling.likelihood import gradient_step, project, proximal
 from msmri.sampling.reverse import Step, reverse_diffusion
-from msmri.tensors import KSpace, Mask, Rng, Sigma, normal_like
+from msmri.tensors import KSpace, Mask, Rng, Sigma, normal_like, spawn
 
 REFERENCE = """@inproceedings{park2026measurement,
   title = {Measurement Score-Based Diffusion Model},
   author = {Park, Chicago Y. and Shoushtari, Shirin and An, Hongyu and Kamilov, Ulugbek S.},
   booktitle = {International Conference on Learning Representations}, year = {2026}, note = {arXiv:2505.11853}
 }"""
-BLANK = 100.0  # noise level, in scaled units, at which a line says nothing
 NOISE_FLOOR = 1e-3  # least std of measured lines, in scaled units: no network was trained below
 DATA_WEIGHT = {"proximal": 10.0, "gradient": 2.0, "none": 0.0}
 PAPER: Mapping[str, Any] = {
@@ -260,7 +260,7 @@ class MSM:
         for number, generator in enumerate(rng):
             one = problem.take(torch.tensor([number]))
             with torch.inference_mode():
-                gains.append(ask(one.values, one.mask, one.encoding, one.noise, _spawn(generator)))
+                gains.append(ask(one.values, one.mask, one.encoding, one.noise, *spawn(generator, 1)))
         return torch.cat(gains)
 
     def _start(self, partial: PartialDenoiser) -> str:
@@ -283,7 +283,7 @@ class MSM:
             raise ValueError(f"{n_slices} slices need as many generators, got {len(rng)}")
         prior = self._partial(problem.values.device)
         gains = self._gains(prior, problem, rng)
-        streams = [_spawn(generator) for generator in rng for _ in range(self.samples)]
+        streams = [stream for generator in rng for stream in spawn(generator, self.samples)]
         index = torch.arange(n_slices).repeat_interleave(self.samples)
         for first in range(0, len(streams), self.batch):
             chosen = slice(first, first + self.batch)
@@ -411,11 +411,6 @@ class _Problem:
             self.noise[on_device],
             self.scale[on_device],
         )
-
-
-def _spawn(generator: Generator) -> Generator:
-    """Start an independent stream of random numbers from another."""
-    return torch.Generator().manual_seed(int(torch.randint(0, 2**62, (), generator=generator)))
 
 
 def _take(operator: LinearOperator, index: Tensor) -> LinearOperator:

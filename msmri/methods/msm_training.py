@@ -8,7 +8,7 @@ from torch import Generator, Tensor, nn
 
 from msmri.measurement import Measurement
 from msmri.model.denoiser import VPSchedule
-from msmri.tensors import normal_like
+from msmri.tensors import normal_like, spawn
 
 
 class Loss(Protocol):
@@ -16,11 +16,6 @@ class Loss(Protocol):
 
     def __call__(self, model: nn.Module, batch: Measurement, rng: Generator) -> Tensor:
         """Return a scalar loss; every random draw comes from ``rng``."""
-
-
-def _streams(rng: Generator, n: int) -> list[Generator]:
-    seeds = torch.randint(0, 2**62, (n,), generator=rng)
-    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,7 @@ class NoiselessMSM:
         low, high = ladder.t(self.sigma_min), ladder.t(self.sigma_max)
         sigma = ladder.sigma(low + (high - low) * torch.rand(n, generator=rng))
         sigma = sigma.reshape(-1, 1, 1, 1).to(batch.values.device)
-        state = batch.values + sigma * normal_like(batch.values, _streams(rng, n))
+        state = batch.values + sigma * normal_like(batch.values, spawn(rng, n))
         state = torch.where(batch.mask, state, torch.zeros((), dtype=state.dtype, device=state.device))
         error = torch.where(batch.mask, model(state, batch.mask, batch.encoding, sigma) - batch.values, 0)
         count = batch.mask.expand_as(error.real).flatten(1).sum(1)
@@ -89,7 +84,7 @@ class LinewiseMSM:
         sigma = (low + torch.rand(n, 1, 1, 1, generator=rng) * (high - low)).exp()
         sigma = torch.where(torch.rand(n, 1, 1, 1, generator=rng) < self.blind, high.exp(), sigma).to(device)
         scanner = torch.as_tensor(batch.noise_std, device=device).clamp_min(self.least_noise).expand(n, 1, 1, 1)
-        noise = sigma * normal_like(values, _streams(rng, n))
+        noise = sigma * normal_like(values, spawn(rng, n))
         nothing = torch.zeros((), dtype=values.dtype, device=device)
         state = torch.where(mask, values + torch.where(hidden, noise, nothing), nothing)
         line_sigma = torch.where(hidden, sigma, scanner)

@@ -16,7 +16,7 @@ from msmri.errors import InputError
 from msmri.measurement import Measurement
 from msmri.physics.masks import MSM_CENTRE_FRACTION, MaskLaw, RandomLines, draw_masks, slice_seed
 from msmri.physics.operators import Subsample
-from msmri.tensors import KSpace, Mask, Rng
+from msmri.tensors import KSpace, Mask, Rng, spawn
 
 
 @dataclass(frozen=True)
@@ -126,14 +126,13 @@ def _slice_streams(batch: Measurement, n: int, seed: int, rng: Generator, *, lab
     """
     size = len(batch.values)
     if n == 0:
-        seeds = torch.randint(0, 2**62, (size,), generator=rng).tolist()
-    elif len(batch.source) == size:
+        return spawn(rng, size)
+    if len(batch.source) == size:
         turn = torch.randint(0, n, (size,), generator=rng).tolist()
         names = [label + (name if k == 0 else f"{name}/{k}") for name, k in zip(batch.source, turn)]
         seeds = [slice_seed(name, seed) for name in names]
-    else:
-        raise InputError("the slices have no names, by which their fixed draws go", mend="use masks=0")
-    return [torch.Generator().manual_seed(value) for value in seeds]
+        return [torch.Generator().manual_seed(value) for value in seeds]
+    raise InputError("the slices have no names, by which their fixed draws go", mend="use masks=0")
 
 
 @dataclass(frozen=True)

@@ -114,9 +114,8 @@ class ADMUNet(nn.Module):
             )
         y, x = image.shape[-2:]
         padded = pad_to_multiple(image, 2 ** (len(self.config.channel_mult) - 1))
-        top, left = (padded.shape[-2] - y) // 2, (padded.shape[-1] - x) // 2
         out = self.unet(padded, t.expand(image.shape[0])).sample
-        return out[:, : self.config.in_channels, top : top + y, left : left + x]
+        return remove_padding(out[:, : self.config.in_channels], (y, x))
 
 
 def pad_to_multiple(image: Tensor, factor: int) -> Tensor:
@@ -129,6 +128,12 @@ def pad_to_multiple(image: Tensor, factor: int) -> Tensor:
             pad = (*sides, 0, 0) if axis == 0 else (0, 0, *sides)
             image = functional.pad(image, pad, mode="reflect" if sides[1] < size else "replicate")
     return image
+
+
+def remove_padding(image: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Take the ``shape`` (y, x) that :func:`pad_to_multiple` was given out of what it made."""
+    top, left = ((padded - n) // 2 for padded, n in zip(image.shape[-2:], shape))
+    return image[..., top : top + shape[0], left : left + shape[1]]
 
 
 def _build(config: ADMConfig) -> nn.Module:

@@ -20,7 +20,7 @@ _POWER = 0.7  # exponent of the hyper-Laplacian law of image gradients
 _SPARSITY = 5e-4  # its weight against |data misfit|^2, in scaled units
 _SMOOTHING = 0.01  # gradients below this count as noise
 _KEPT_CENTRE = 20 / 256  # share of the axes, around the centre, that is never hidden
-_BLANK = 100.0  # noise level, in scaled units, at which a line says nothing
+BLANK = 100.0  # noise level, in scaled units, at which a line says nothing
 _USUAL_SIDE = 160  # matrix (root of its area) that the number of iterations for sparse edges is meant for
 _LARGEST_NOISE = 0.02  # above this noise level of the best lines, the weight no longer falls against that of the data
 
@@ -219,7 +219,7 @@ class MeasurementPartial(nn.Module):
         group = torch.where(centre, -1, group).to(mask.device)
         hidden = (group == torch.arange(splits, device=mask.device).reshape(-1, 1, 1, 1)) & mask
         state = torch.where(mask & ~hidden, values, torch.zeros((), dtype=values.dtype, device=values.device))
-        sigma = torch.where(mask & ~hidden, noise, _BLANK)
+        sigma = torch.where(mask & ~hidden, noise, BLANK)
         first, last = self.estimates(state, torch.ones_like(hidden), encoding, sigma)
         added = torch.where(hidden, encoding(last - first), 0)
         missing = torch.where(hidden, values - encoding(first), 0)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msmri.model.adm import pad_to_multiple
+from msmri.model.adm import pad_to_multiple, remove_padding
 
 
 class UNet(nn.Module):
@@ -69,5 +69,4 @@ class UNet(nn.Module):
         zeros = torch.zeros(len(channels), device=channels.device)
         output = self.network(folded, zeros, class_labels=self.embed(condition)).sample
         output = nn.functional.pixel_shuffle(output, self.patch)
-        top, left = (output.shape[-2] - height) // 2, (output.shape[-1] - width) // 2
-        return output[..., top : top + height, left : left + width]
+        return remove_padding(output, (height, width))

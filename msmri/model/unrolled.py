@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import checkpoint as recompute
 
-from msmri.model.adm import pad_to_multiple
+from msmri.model.adm import pad_to_multiple, remove_padding
 from msmri.physics.operators import LinearOperator, Subsample
 from msmri.physics.solve import conjugate_gradient
 from msmri.tensors import Image, KSpace, Mask
@@ -72,8 +72,7 @@ class ResNet(nn.Module):
         with torch.autocast(inner.device.type, enabled=False):  # the image itself is not rounded to bfloat16
             output = self.last(inner.to(self.last.weight.dtype))
         output = nn.functional.pixel_shuffle(output, self.patch) if self.patch > 1 else output
-        top, left = (output.shape[-2] - height) // 2, (output.shape[-1] - width) // 2
-        return output[..., top : top + height, left : left + width]
+        return remove_padding(output, (height, width))
 
 
 class _Block(nn.Module):

@@ -8,7 +8,7 @@ from scipy import ndimage
 from torch import Generator, Tensor
 
 from msmri.physics.fourier import fft2c, ifft2c
-from msmri.tensors import KSpace, Maps, normal_like
+from msmri.tensors import KSpace, Maps, normal_like, spawn
 
 
 def uniform(low: float, high: float, rng: Generator) -> float:
@@ -162,8 +162,7 @@ def simulate_kspace(
     image = torch.polar(magnitude.float(), (phase + steps * drift).float())
     coils = maps[0, 0] * image[:, None]
     clean = fft2c(coils if shape is None else crop_kspace(coils, shape)).to(torch.complex64)
-    seeds = torch.randint(0, 2**62, (len(clean),), generator=rng)
-    noise = normal_like(clean, [Generator().manual_seed(int(s)) for s in seeds])
+    noise = normal_like(clean, spawn(rng, len(clean)))
     return clean + noise_std * noise, clean
 
 
