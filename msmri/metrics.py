@@ -52,7 +52,32 @@ def nmse(target: "Array", image: "Array") -> float:
     return float(np.linalg.norm(reference - estimate) ** 2 / energy)
 
 
-def psnr(target: "Array", image: "Array", *, data_range: float | None = None) -> float:
+def object_region(target: "Array", share: float = 0.1) -> "np.ndarray":
+    """Mark where the mean of the target over SSIM's 7 x 7 window exceeds ``share`` of its maximum.
+
+    Outside, a root-sum-of-squares target is the noise floor of its coils, which no denoised image has: over the whole
+    field of view, metrics reward methods that leave as much noise in the background as the target holds.
+
+    Parameters
+    ----------
+    target
+        Magnitude, (y, x) or (slices, y, x); the maximum is that of all slices.
+
+    Returns
+    -------
+    np.ndarray
+        Of bools, shaped like the target.
+    """
+    from scipy.ndimage import uniform_filter
+
+    reference, _ = _pair(target, target)
+    mean = uniform_filter(reference.astype("float64"), size=WINDOW, axes=(-2, -1))
+    return mean > share * _peak(reference, None)
+
+
+def psnr(
+    target: "Array", image: "Array", *, data_range: float | None = None, where: "np.ndarray | None" = None
+) -> float:
     """Peak signal-to-noise ratio in dB; infinite for equal images.
 
     Parameters
@@ -61,16 +86,24 @@ def psnr(target: "Array", image: "Array", *, data_range: float | None = None) ->
         Magnitude, (y, x) or (slices, y, x).
     data_range
         The peak; the maximum of the target without one.
+    where
+        Bools shaped like the target: only these pixels count (see :func:`object_region`).
     """
     import numpy as np
     from skimage.metrics import peak_signal_noise_ratio
 
     reference, estimate = _pair(target, image)
+    peak = _peak(reference, data_range)
+    if where is not None:
+        where = _region(where, reference)
+        reference, estimate = reference[where], estimate[where]
     with np.errstate(divide="ignore"):
-        return float(peak_signal_noise_ratio(reference, estimate, data_range=_peak(reference, data_range)))
+        return float(peak_signal_noise_ratio(reference, estimate, data_range=peak))
 
 
-def ssim(target: "Array", image: "Array", *, data_range: float | None = None) -> float:
+def ssim(
+    target: "Array", image: "Array", *, data_range: float | None = None, where: "np.ndarray | None" = None
+) -> float:
     """Structural similarity, mean over slices (7x7 uniform window). Wang et al. 2004.
 
     Parameters
@@ -79,7 +112,10 @@ def ssim(target: "Array", image: "Array", *, data_range: float | None = None) ->
         Magnitude, (y, x) or (slices, y, x), at least 7 pixels along y and x.
     data_range
         Dynamic range; the maximum of the target (all slices together) without one.
+    where
+        Bools shaped like the target: only windows around these pixels count, all alike (see :func:`object_region`).
     """
+    import numpy as np
     from skimage.metrics import structural_similarity
 
     reference, estimate = _pair(target, image)
@@ -88,8 +124,16 @@ def ssim(target: "Array", image: "Array", *, data_range: float | None = None) ->
     peak = _peak(reference, data_range)
     shape = (-1, *reference.shape[-2:])
     slices = zip(reference.reshape(shape), estimate.reshape(shape), strict=True)
-    values = [structural_similarity(a, b, data_range=peak) for a, b in slices]
-    return float(sum(values) / len(values))
+    if where is None:
+        values = [structural_similarity(a, b, data_range=peak) for a, b in slices]
+        return float(sum(values) / len(values))
+    edge = WINDOW // 2  # where windows would leave the image
+    inner = (slice(None), slice(edge, shape[-2] - edge), slice(edge, shape[-1] - edge))
+    maps = np.stack([structural_similarity(a, b, data_range=peak, full=True)[1] for a, b in slices])
+    counted = _region(where, reference).reshape(shape)[inner]
+    if not counted.any():
+        raise InputError(f"no whole {WINDOW}x{WINDOW} window lies around the pixels that count")
+    return float(maps[inner][counted].mean())
 
 
 def evaluate(target: "Array", image: "Array", *, data_range: float | None = None) -> dict[str, float]:
@@ -171,6 +215,13 @@ def _pair(target: "Array", image: "Array") -> "tuple[np.ndarray, np.ndarray]":
     if reference.ndim not in (2, 3) or reference.size == 0:
         raise InputError(f"metrics take (y, x) or (slices, y, x), not {reference.shape}")
     return reference, estimate
+
+
+def _region(where: "np.ndarray", reference: "np.ndarray") -> "np.ndarray":
+    """Check the pixels that count."""
+    if where.dtype != bool or where.shape != reference.shape or not where.any():
+        raise InputError(f"the pixels that count are {where.dtype} {where.shape}", mend="mark some by bools")
+    return where
 
 
 def _peak(reference: "np.ndarray", data_range: float | None) -> float:

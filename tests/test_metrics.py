@@ -15,6 +15,7 @@ from msmri.metrics import (
     evaluate,
     mse,
     nmse,
+    object_region,
     psnr,
     scored,
     ssim,
@@ -183,3 +184,45 @@ def test_bootstrap_interval_is_seeded_and_checked():
             bootstrap_interval(bad, torch.Generator())
     with pytest.raises(InputError):
         bootstrap_interval(values, torch.Generator(), level=95)
+
+
+def test_only_the_pixels_that_count():
+    target, image = volumes((2, 33, 40))
+    everywhere = np.ones(target.shape, dtype=bool)
+    assert psnr(target, image, where=everywhere) == pytest.approx(psnr(target, image), rel=1e-6)
+    assert ssim(target, image, where=everywhere) == pytest.approx(ssim(target, image), rel=1e-6)
+    half = everywhere.copy()
+    half[..., 20:] = False
+    spoiled = image.copy()
+    spoiled[..., 23:] = 0  # three pixels further than any window around the left half reaches
+    for metric in (psnr, ssim):
+        assert metric(target, spoiled, where=half) == metric(target, image, where=half)
+        assert metric(target, spoiled) < metric(target, image)
+    assert psnr(target, image, where=half) == pytest.approx(
+        psnr(target[..., :20], image[..., :20], data_range=float(target.max())), rel=1e-6
+    )
+    spoiled[..., 22] = 0
+    assert ssim(target, spoiled, where=half) < ssim(target, image, where=half)
+
+
+def test_object_region_leaves_out_the_noise_floor():
+    floor = np.abs(np.random.default_rng(0).standard_normal((2, 40, 40))) * 0.02
+    target = floor.copy()
+    target[:, 10:30, 12:28] += 1.0
+    region = object_region(target)
+    assert region[:, 10:30, 12:28].all()
+    assert not region[:, :6].any() and not region[..., :8].any()
+    assert np.array_equal(object_region(target * 1e-7), region)
+    assert not object_region(target, share=0.99)[:, 10].any()
+
+
+@pytest.mark.parametrize("where", [np.zeros((9, 9), dtype=bool), np.ones((9, 9)), np.ones((9, 8), dtype=bool)])
+def test_bad_pixels_are_refused(where):
+    target = np.ones((9, 9))
+    for metric in (psnr, ssim):
+        with pytest.raises(InputError, match="count"):
+            metric(target, target, where=where)
+    corner = np.zeros((9, 9), dtype=bool)
+    corner[0, 0] = True
+    with pytest.raises(InputError, match="window"):
+        ssim(target, target, where=corner)
