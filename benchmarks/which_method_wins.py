@@ -1,0 +1,456 @@
+"""Compare every method on identical scans, masks and noise, at several accelerations, and say which wins, and where.
+
+    python benchmarks/which_method_wins.py --simulated DIR --real SCAN ... --validation DIR --markdown docs/results.md
+
+All scans are fully sampled and undersampled here. What a method has to be told (a weight, a step towards the data) is
+tuned on the validation scans, never on those reported. Every finished row is kept beside the result, and the same
+command goes on where it was stopped. A learned method without weights is left out, and the page says so.
+--quick is a small version for continuous integration: it uses the demo scan and needs no other data.
+Writes results/which_method_wins.{json,csv}, figures, and with --markdown a page.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from msmri.io.fastmri import list_scans
+from msmri.io.output import environment, sha256, write_manifest
+from msmri.measurement import Measurement
+from msmri.methods import load_method
+from msmri.methods.tuning import tune
+from msmri.metrics import bootstrap_interval, nmse, object_region, psnr, ssim
+from msmri.model.checkpoint import load_checkpoint
+from msmri.physics.masks import RandomLines
+from msmri.physics.operators import CoilFourier, Subsample
+from msmri.preparation import Preparation, measurements
+from msmri.report import comparison_figure, line_plot, markdown_table, write_csv
+from msmri.tensors import generators, normal_like
+
+HERE = Path(__file__).parent
+SHIPPED = Path(str(files("msmri"))) / "weights"
+NOTHING, KSPACE, CLEAN, ITSELF = "nothing", "R = 4 k-space", "clean images", "the scan itself"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the comparison."""
+
+    method: str  # as in msmri.methods
+    learned_from: str  # what its weights have seen
+    options: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None  # file name in msmri/weights
+    option: str = "weights"  # the field that takes the weights
+    scans: int | None = None  # at most so many of each group: slow methods
+    accelerations: tuple[float, ...] | None = None  # only these: slow methods
+
+
+ADPS, ORACLE, SLOW = "adps_r4.safetensors", "oracle.safetensors", {"scans": 4, "accelerations": (4.0, 6.0)}
+ENTRIES: dict[str, Entry] = {
+    "zero-filled": Entry("zero-filled", NOTHING),
+    "cg-sense": Entry("cg-sense", NOTHING),
+    "l1-wavelet": Entry("l1-wavelet", NOTHING),
+    "tv": Entry("tv", NOTHING),
+    "zs-ssdu": Entry("zs-ssdu", ITSELF, {"epochs": 40}, scans=2, accelerations=(4.0,)),
+    "a-os": Entry("a-os", KSPACE, weights=ADPS),
+    "a-ald": Entry("a-ald", KSPACE, {"samples": 2, "steps": 60}, ADPS, **SLOW),
+    "a-dps": Entry("a-dps", KSPACE, {"samples": 2, "steps": 60}, ADPS, **SLOW),
+    "ssdu": Entry("ssdu", KSPACE, weights="ssdu_r4.safetensors"),
+    "ssdu, multi-mask": Entry("ssdu", KSPACE, weights="ssdu_multi_r4.safetensors"),
+    "ssdu, columns": Entry("ssdu", KSPACE, weights="ssdu_columns_r4.safetensors"),
+    "msm, paper's sampler": Entry(
+        "msm",
+        KSPACE,
+        {"preset": "paper", "steps": 50, "samples": 2},
+        "brain_r4.safetensors",
+        option="prior",
+        scans=2,
+        accelerations=(4.0,),
+    ),
+    "msm": Entry("msm", KSPACE, weights="brain_r4.safetensors", option="prior"),
+    "supervised twin of ssdu": Entry("ssdu", CLEAN, weights="supervised_r4.safetensors"),
+    "oracle ddnm": Entry("ddnm", CLEAN, {"samples": 2}, ORACLE, **SLOW),
+    "oracle dps": Entry("dps", CLEAN, {"samples": 2, "steps": 60}, ORACLE, **SLOW),
+}
+QUICK: dict[str, dict[str, Any]] = {
+    "zs-ssdu": {"epochs": 1, "splits": 2},
+    "a-ald": {"samples": 1, "steps": 3},
+    "a-dps": {"samples": 1, "steps": 3},
+    "msm, paper's sampler": {"preset": "paper", "steps": 3, "samples": 1},
+    "msm": {"samples": 2, "steps": 2},
+    "oracle ddnm": {"steps": 3},
+    "oracle dps": {"steps": 3},
+}
+METRICS = {"psnr": 2, "ssim": 4, "nmse": 4, "object_psnr": 2, "object_ssim": 4, "psnr_one_sample": 2}
+METRICS |= {"error_per_std": 1, "NFE": 0, "seconds": 1, "peak_MiB": 0}
+PANEL = ("zero-filled", "tv", "ssdu, columns", "ssdu", "a-dps", "msm", "oracle ddnm")
+
+
+class Peak:
+    """Peak growth of this process's resident memory during a block, in MiB, looked at every 10 ms (Linux)."""
+
+    def __enter__(self) -> "Peak":
+        """Start looking."""
+        self.base = self.highest = self._now()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Stop."""
+        self._stop.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._stop.wait(0.01):
+            self.highest = max(self.highest, self._now())
+
+    @staticmethod
+    def _now() -> float:
+        pages = int(Path("/proc/self/statm").read_text().split()[1]) if Path("/proc/self/statm").exists() else 0
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    @property
+    def growth(self) -> float:
+        """Give what was needed on top of what was held before."""
+        return self.highest - self.base
+
+
+def paper_view(measurement: Measurement, full: Tensor, seed: int) -> Measurement:
+    """Make a measurement by the conventions of Park et al. 2025: images between 0 and 1, noise of 0.01 added.
+
+    The coil-combined image of the full k-space, its magnitude scaled to [0, 1] by its own minimum and maximum with the
+    phase kept, is measured again through the maps; the target is that magnitude. Such scaling and such a target are
+    not to be had from undersampled data: the rows are for reading beside the published ones, and for nothing else.
+    """
+    assert isinstance(measurement.encoding, CoilFourier)
+    image = measurement.encoding.adjoint(full)
+    magnitude = image.abs()
+    low, high = magnitude.amin(), magnitude.amax()
+    image = torch.sgn(image) * (magnitude - low) / (high - low)
+    clean = measurement.encoding(image)
+    noisy = clean + 0.01 * normal_like(clean, [Generator().manual_seed(seed)])
+    values = Subsample(measurement.mask)(noisy)
+    return replace(measurement, values=values, target=image.abs()[:, 0], noise_std=torch.full((1, 1, 1, 1), 0.01))
+
+
+def cases(options: argparse.Namespace, group: str, view: str) -> Iterator[tuple[str, float, Measurement]]:
+    """Yield (label, nominal R, measurement) of a group of scans."""
+    sizes = [size or None for size in options.sizes] if group == "real" else [options.crop_to]
+    scans = list_scans(getattr(options, group)) if getattr(options, group) else []
+    for acceleration in options.accelerations:
+        for path in scans:
+            for size in sizes:
+                setup = Preparation(law=RandomLines(acceleration), seed=options.seed, crop_to=size)
+                slices = options.slices if group != "real" else [0]
+                found = measurements(path, setup, slices)
+                if view == "paper":
+                    whole = Preparation(law=RandomLines(1.0), seed=options.seed, crop_to=size)
+                    full = [one.values for one in measurements(path, whole, slices)]
+                    found = [paper_view(one, k, options.seed) for one, k in zip(found, full, strict=True)]
+                for one in found:
+                    yield one.source[0] + (f" at {size}" if size else ""), acceleration, one
+
+
+def score(method: Any, measurement: Measurement, seed: int) -> tuple[dict[str, Any], Tensor]:
+    """Reconstruct one slice and measure all there is to measure."""
+    blind = replace(measurement, target=None)
+    with Peak() as peak:
+        begun = time.perf_counter()
+        result = method(blind, generators(seed, 1))
+        seconds = time.perf_counter() - begun
+    assert measurement.target is not None
+    target, image = measurement.target[0].numpy(), result.magnitude[0].numpy()
+    inside = object_region(target)
+    row: dict[str, Any] = {
+        "psnr": psnr(target, image),
+        "ssim": ssim(target, image),
+        "nmse": nmse(target, image),
+        "object_psnr": psnr(target, image, where=inside),
+        "object_ssim": ssim(target, image, where=inside),
+        "seconds": seconds,
+        "peak_MiB": peak.growth,
+        "NFE": result.details.get("NFE", 0),
+    }
+    if result.std is not None:
+        spread = float(result.std.square().mean().sqrt())
+        row["error_per_std"] = float(np.sqrt(np.mean((image - target) ** 2))) / max(spread, 1e-30)
+        row["psnr_one_sample"] = psnr(target, result.samples[0, 0].abs().numpy())
+    return row, result.magnitude[0]
+
+
+def weights_of(entry: Entry, label: str, given: dict[str, str]) -> Path | None:
+    """Find the weights of an entry: those given, or those in msmri/weights; None if it needs none."""
+    return Path(given[label]) if label in given else (SHIPPED / entry.weights if entry.weights else None)
+
+
+def build(entry: Entry, changes: dict[str, Any], weights: Path | None) -> Any:
+    """Make the method of an entry."""
+    wanted = {**entry.options, **changes, **({entry.option: str(weights)} if weights else {})}
+    if (preset := wanted.pop("preset", None)) is not None:
+        from msmri.methods.msm import MSM
+
+        return MSM.preset(preset, **wanted)
+    return load_method(entry.method, **wanted)
+
+
+def effort(path: Path) -> str:
+    """Tell from the header of weights how long they were trained."""
+    _, header = load_checkpoint(path)
+    stages = header.get("stages") or [header]
+    steps = " + ".join(str(stage.get("step", "?")) for stage in stages)
+    hours = sum(float(stage.get("seconds", "nan")) for stage in stages) / 3600
+    return f"{steps} steps" + (f", {hours:.1f} core hours" if hours == hours else "")
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--real", nargs="*", default=[])
+    parser.add_argument("--simulated", nargs="*", default=[])
+    parser.add_argument("--validation", nargs="*", default=[], help="fully sampled scans, only to tune on")
+    parser.add_argument("--accelerations", nargs="*", type=float, default=[2.0, 4.0, 6.0, 8.0])
+    parser.add_argument("--methods", nargs="*", default=list(ENTRIES), help="labels of rows")
+    parser.add_argument("--weights", nargs="*", default=[], metavar="LABEL=FILE", help="instead of those shipped")
+    parser.add_argument("--sizes", nargs="*", type=int, default=[0, 128], help="of real scans; 0: the full matrix")
+    parser.add_argument("--crop-to", type=int, default=None, help="of simulated scans")
+    parser.add_argument("--slices", nargs="*", type=int, default=[1], help="of simulated and validation scans")
+    parser.add_argument("--views", nargs="*", default=["file units", "paper"])
+    parser.add_argument("--refinements", type=int, default=3, help="evaluations after the grid when tuning")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--fresh", action="store_true", help="forget rows of an earlier run")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "which_method_wins.json")
+    parser.add_argument("--markdown", type=Path, default=None)
+    options = parser.parse_args()
+    if options.quick:
+        demo = str(files("msmri") / "data" / "demo_brain.h5")
+        options.simulated, options.validation, options.real = [demo], [demo], []
+        options.accelerations, options.crop_to, options.refinements, options.slices = [4.0], 64, 0, [1]
+    return options
+
+
+def main() -> None:
+    """Run, resume, and write the figures."""
+    options = parse()
+    given = dict(pair.split("=", 1) for pair in options.weights)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    kept = options.out.with_suffix(".rows.json")
+    done: dict[str, dict[str, Any]] = {}
+    if kept.exists() and not options.fresh:
+        done = json.loads(kept.read_text())["rows"]
+    chosen: dict[str, tuple[Any, Path | None]] = {}
+    missing = []
+    for label in options.methods:
+        path = weights_of(ENTRIES[label], label, given)
+        if path is not None and not path.exists():
+            missing.append(label)
+            print(f"{label}: left out, no weights at {path.name}", flush=True)
+            continue
+        chosen[label] = build(ENTRIES[label], QUICK.get(label, {}) if options.quick else {}, path), path
+    record = {"environment": environment(), "seed": options.seed, "left_out": missing}
+    tuned: dict[str, Any] = {}
+    pictures: dict[str, tuple[Measurement, dict[str, Tensor]]] = {}
+    validation: dict[float, list[Measurement]] = {}
+
+    def method_for(label: str, acceleration: float) -> Any:
+        """Tune on the validation scans at this acceleration, once."""
+        method, path = chosen[label]
+        if not getattr(method, "tunable", {}) or label.startswith("msm") or options.quick:
+            return method  # MSM's settings are its defaults, chosen by which_sampling_choice_pays.py
+        name = next(iter(method.tunable))
+        key = f"{label} at R = {acceleration:g} | {fingerprint(method, path)}"
+        if key not in done:
+            if acceleration not in validation:
+                setup = Preparation(law=RandomLines(acceleration), seed=options.seed, crop_to=options.crop_to)
+                found = [measurements(p, setup, options.slices[:1]) for p in list_scans(options.validation)]
+                validation[acceleration] = [one for scan in found for one in scan]
+            slow = ENTRIES[label].accelerations is not None
+            best, _ = tune(
+                replace(method, samples=1) if slow else method,
+                validation[acceleration][:2] if slow else validation[acceleration],
+                refinements=0 if slow else options.refinements,
+            )
+            done[key] = {"field": name, "value": getattr(best, name)}
+            write_manifest(kept, {"rows": done})
+            print(f"R = {acceleration:g}: {label} {name} {done[key]['value']:.3g}", flush=True)
+        tuned[f"{label}, {name} at R = {acceleration:g}"] = done[key]["value"]
+        return replace(method, **{name: done[key]["value"]})
+
+    rows = []
+    for view in options.views:
+        for group in ("real", "simulated") if view != "paper" else ("simulated",):
+            counts: dict[tuple[str, float], int] = {}
+            for scan, acceleration, one in cases(options, group, view):
+                for label in chosen:
+                    entry = ENTRIES[label]
+                    number = counts[label, acceleration] = counts.get((label, acceleration), 0) + 1
+                    limited = entry.accelerations is not None and acceleration not in entry.accelerations
+                    if limited or number > (entry.scans or number) or (view == "paper" and entry.accelerations):
+                        continue
+                    method = method_for(label, acceleration)
+                    state = fingerprint(method, chosen[label][1])
+                    key = f"{view} | {group} | {scan} | {acceleration:g} | {label} | {state}"
+                    panel = view != "paper" and acceleration == 4.0 and label in PANEL and number == 1
+                    picture = kept.with_suffix(f".{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy")
+                    if key not in done or (panel and not picture.exists()):
+                        values, image = score(method, one, options.seed)
+                        about = {"view": view, "group": group, "scan": scan, "nominal_R": acceleration}
+                        about |= {"true_R": float(one.acceleration[0]), "method": label}
+                        done[key] = about | values
+                        if panel:
+                            np.save(picture, image.numpy())
+                        write_manifest(kept, {"rows": done})
+                        told = f"{label} {values['psnr']:.2f} dB, {values['seconds']:.1f} s"
+                        print(f"{view}, {scan}, R {acceleration:g}: {told}", flush=True)
+                    rows.append(done[key])
+                    if panel:
+                        pictures.setdefault(group, (one, {}))[1][label] = torch.from_numpy(np.load(picture))
+    effort_of = {label: effort(path) for label, (_, path) in chosen.items() if path is not None}
+    sums = {label: sha256(path) for label, (_, path) in chosen.items() if path is not None}
+    record |= {"tuned": tuned, "weights_sha256": sums, "training": effort_of}
+    write_manifest(options.out, record | {"rows": rows})
+    write_csv(options.out.with_suffix(".csv"), rows)
+    figures = draw(options.out, rows, pictures)
+    text = page(record, rows, figures, options)
+    print(text)
+    if options.markdown:
+        options.markdown.write_text(text)
+
+
+def fingerprint(method: Any, weights: Path | None) -> str:
+    """Tell settings and weights apart, so that rows of other ones are not taken for these."""
+    values = {name: repr(getattr(method, name)) for name in getattr(method, "__dataclass_fields__", {})}
+    values |= {"weights": sha256(weights) if weights else "", "prior": ""}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def summarise(rows: list[dict[str, Any]], view: str, seed: int) -> str:
+    """Average each method over the scans of a group and acceleration, with intervals of MSM's lead over it."""
+    lines = []
+    rows = [row for row in rows if row["view"] == view]
+    for group, acceleration in sorted({(row["group"], row["nominal_R"]) for row in rows}):
+        part = [row for row in rows if (row["group"], row["nominal_R"]) == (group, acceleration)]
+        ours = {row["scan"]: row for row in part if row["method"] == "msm"}
+        for label in dict.fromkeys(row["method"] for row in part):
+            own = [row for row in part if row["method"] == label]
+            true = np.mean([row["true_R"] for row in own])
+            line = {"scans": f"{group} ({len(own)})", "R (true)": f"{acceleration:g} ({true:.2f})"}
+            line |= {"method": label, "learned from": ENTRIES[label].learned_from}
+            for name, digits in METRICS.items():
+                found = [row[name] for row in own if name in row]
+                line[name.replace("_", " ")] = f"{np.mean(found):.{digits}f}" if found else ""
+            gain = [ours[row["scan"]]["psnr"] - row["psnr"] for row in own if row["scan"] in ours]
+            if gain and label != "msm":
+                mean, low, high = bootstrap_interval(gain, Generator().manual_seed(seed))
+                interval = f" [{low:+.2f}, {high:+.2f}]" if len(gain) > 1 else ""
+                line["msm minus it, dB"] = f"{mean:+.2f}{interval}"
+            else:
+                line["msm minus it, dB"] = ""
+            lines.append(line)
+    return markdown_table(lines, list(lines[0])) if lines else ""
+
+
+def verdict(rows: list[dict[str, Any]]) -> list[str]:
+    """Say who wins among the methods that never saw clean data, and where MSM loses."""
+    said = []
+    rows = [row for row in rows if row["view"] == "file units" and ENTRIES[row["method"]].learned_from != CLEAN]
+    for group, acceleration in sorted({(row["group"], row["nominal_R"]) for row in rows}):
+        part = [row for row in rows if (row["group"], row["nominal_R"]) == (group, acceleration)]
+        scans = {row["scan"] for row in part}
+        means = {}
+        for label in dict.fromkeys(row["method"] for row in part):
+            own = [row["psnr"] for row in part if row["method"] == label]
+            if len(own) == len(scans):  # slow methods that saw fewer scans are compared in the table only
+                means[label] = float(np.mean(own))
+        order = sorted(means, key=lambda label: -means[label])
+        text = f"{group}, R = {acceleration:g}: **{order[0]}** is first with {means[order[0]]:.2f} dB"
+        if len(order) > 1:
+            text += f", {means[order[0]] - means[order[1]]:.2f} dB above {order[1]}"
+        if "msm" in means and order[0] != "msm":
+            text += f"; MSM loses to it by {means[order[0]] - means['msm']:.2f} dB"
+        said.append(text + ".")
+    return said
+
+
+def draw(
+    out: Path, rows: list[dict[str, Any]], pictures: dict[str, tuple[Measurement, dict[str, Tensor]]]
+) -> list[Path]:
+    """Draw quality against acceleration, quality against time, and panels of images."""
+    made = []
+    rows = [row for row in rows if row["view"] == "file units"]
+    for group in dict.fromkeys(row["group"] for row in rows):
+        part = [row for row in rows if row["group"] == group]
+        series: dict[str, list[tuple[float, ...]]] = {}
+        speed: dict[str, list[tuple[float, ...]]] = {}
+        for label in dict.fromkeys(row["method"] for row in part):
+            own = [row for row in part if row["method"] == label]
+            for acceleration in sorted({row["nominal_R"] for row in own}):
+                here = [row for row in own if row["nominal_R"] == acceleration]
+                series.setdefault(label, []).append((acceleration, float(np.mean([row["psnr"] for row in here]))))
+                if acceleration == 4.0:
+                    seconds = max(float(np.mean([row["seconds"] for row in here])), 1e-3)
+                    speed[label] = [(seconds, float(np.mean([row["psnr"] for row in here])))]
+        charts = {"R": (series, "nominal acceleration R"), "seconds": (speed, "seconds a slice, R = 4")}
+        for name, (lines, x_label) in charts.items():
+            if lines:
+                path, title = out.with_name(f"{out.stem}_{group}_against_{name}.png"), f"{group} scans"
+                line_plot(path, lines, x_label=x_label, y_label="PSNR, dB", title=title, log_x=name == "seconds")
+                made.append(path)
+    for group, (one, images) in pictures.items():
+        path = out.with_name(f"{out.stem}_{group}_images.png")
+        target = one.target[0]  # type: ignore[index]
+        scores = {name: {"psnr": psnr(target, image), "ssim": ssim(target, image)} for name, image in images.items()}
+        title = f"{one.source[0]}, nominal R = 4 (true {float(one.acceleration[0]):.2f})"
+        spec = {"target": target, "mask": one.mask[0, 0], "metrics": scores, "title": title}
+        comparison_figure(path, images=images, **spec)
+        made.append(path)
+    return made
+
+
+def page(record: dict[str, Any], rows: list[dict[str, Any]], figures: list[Path], options: argparse.Namespace) -> str:
+    """Write the page of results."""
+    root = options.markdown.parent if options.markdown else Path()
+    shown = "\n\n".join(f"![{path.stem}]({os.path.relpath(path, root)})" for path in figures)
+    training = [
+        {"method": label, "training": text, "weights": f"`{record['weights_sha256'][label][:12]}`"}
+        for label, text in record["training"].items()
+    ]
+    trained = markdown_table(training, list(training[0])) if training else "nothing"
+    left_out = f"Left out for want of weights: {', '.join(record['left_out'])}.\n\n" if record["left_out"] else ""
+    verdicts = "\n".join(f"- {line}" for line in verdict(rows))
+    text = (
+        "# Which method wins?\n\nWritten by `benchmarks/which_method_wins.py`; do not edit by hand. "
+        f"Seed {options.seed}, `{json.dumps(record['environment'])}`.\n\n"
+        "Every method sees the same undersampled scans, with the same masks and the same coil maps. Magnitude against "
+        "the root-sum-of-squares of the fully sampled scan, in file units. *Object* metrics leave out the background, "
+        "where such a target is noise. Weights and steps towards the data are tuned on validation scans. Intervals: "
+        "95 % bootstrap of the paired differences, one slice a scan. NFE: network passes a sample. Error / std: root "
+        "mean square error over the root mean square of the predicted spread. Peak MiB: growth of the process while "
+        "it ran. A method that reports fewer scans is slow and was run on the first ones only.\n\n"
+        f"{left_out}## In words\n\n{verdicts}\n\n## Training\n\n{trained}\n\n## Means\n\n"
+        f"{summarise(rows, 'file units', options.seed)}\n"
+    )
+    if any(row["view"] == "paper" for row in rows):
+        text += (
+            "\n## In the conventions of the MSM paper\n\nSimulated people; images scaled to [0, 1] by their own "
+            "minimum and maximum, Gaussian noise of 0.01 added, the target the clean magnitude. To be read beside the "
+            f"published rows, not to be compared with the table above.\n\n{summarise(rows, 'paper', options.seed)}\n"
+        )
+    return text + f"\n## Figures\n\n{shown}\n"
+
+
+if __name__ == "__main__":
+    main()
