@@ -26,14 +26,18 @@ class AmbientLoss:
     Daras et al. 2023 in principle, Aali et al. 2024 for MRI: with s the measured k-space on its own mask P, A = P E, P~
     a part of P and A~ = P~ E, the network sees ``u = A~^H (P~ s + A~ sigma n)``, which is A~^H A~ (x + sigma n) made
     of measured data only, and the loss is ``lambda(sigma) ||A^H (A h(u, P~, sigma) - s)||^2``. As every line of P has a
-    chance to be outside P~, the best h is E[x | u, P~]. The loss is divided by the real components of the image and by
-    the share of k-space in P; the original is the sum over the image.
+    chance to be outside P~, the best h is E[x | u, P~]. With "edm" the loss is divided by the real components of the
+    image and by the share of k-space in P; the original is the sum over the image. With "relative" it is divided by what
+    ``h = c_skip u`` would cost: one number for the thousands of places of a slice, which leaves the best estimate of
+    each its conditional mean but for terms of the order of one over their number.
     """
 
     further: FurtherMask = field(default_factory=FurtherLines)  # the law of P~ given P
     redraw: bool = True  # a new P~ in every step; False, the original: one P~ a slice for ever, by the slice's name.
     # P is the data's own and is never drawn. Few slices and one mask each would leave the network little to learn from
     error: Literal["normal", "kspace"] = "normal"  # the norm of A^H (A h - s) as published, or that of A h - s
+    weighting: Literal["edm", "relative"] = "edm"  # lambda = 1 / c_out^2 as published, or the inverse of the error of
+    # h = c_skip u, known beforehand: every slice and noise level then counts alike
     sigma_mean: float = -1.2  # of log sigma
     sigma_spread: float = 1.2  # standard deviation of log sigma
     sigma_min: float = 0.01  # lower levels, less than 1 in 400, are raised to this one (not in the original)
@@ -41,6 +45,8 @@ class AmbientLoss:
     def __post_init__(self) -> None:
         if self.error not in ("normal", "kspace"):
             raise InputError(f"ambient loss: unknown error '{self.error}'", mend="'normal' or 'kspace'")
+        if self.weighting not in ("edm", "relative"):
+            raise InputError(f"ambient loss: unknown weighting '{self.weighting}'", mend="'edm' or 'relative'")
 
     def further_masks(self, batch: Measurement, rng: Rng) -> Mask:
         """Draw P~ (b, 1, 1 or ky, kx), one generator a slice; by the slices' names where it is fixed."""
@@ -61,20 +67,29 @@ class AmbientLoss:
         sigma = _draw_sigma(n, self.sigma_mean, self.sigma_spread, self.sigma_min, rng).to(values.device)
         noise = sigma * normal_like(encoding.adjoint(torch.zeros_like(values)), spawn(rng, n))
         aliased = encoding.adjoint(shown(values + encoding(noise)))
-        error = measured(encoding(model(aliased, shown.mask, sigma))) - values
-        if self.error == "normal":
-            error = encoding.adjoint(error)
-        squared = error.abs().square().flatten(1).sum(1)
+
+        def squared_error(image: Tensor) -> Tensor:
+            error = measured(encoding(image)) - values
+            if self.error == "normal":
+                error = encoding.adjoint(error)
+            return error.abs().square().flatten(1).sum(1)
+
+        squared = squared_error(model(aliased, shown.mask, sigma))
+        if self.weighting == "relative":
+            with torch.no_grad():
+                idle = squared_error(cast(Any, model).factors(sigma).skip * aliased)
+            return (squared / idle.clamp_min(torch.finfo(idle.dtype).tiny)).mean()
         components = noise[0].numel() * (2 if noise.is_complex() else 1)
         count = components * batch.mask.float().mean((-3, -2, -1)).clamp_min(1e-6)
         return (cast(Any, model).weight(sigma).flatten() * squared / count).mean()
 
 
 def _has_gaps(mask: Mask) -> bool:
-    """Tell whether a mask is more than one block of columns."""
-    columns = mask.any(-2).int()
-    edges = torch.nn.functional.pad(columns, (1, 1)).diff(dim=-1).abs().sum(-1)
-    return bool((edges > 2).any())
+    """Tell whether some row or column of a mask is more than one block."""
+    return any(
+        bool((torch.nn.functional.pad(lines.int(), (1, 1)).diff(dim=-1).abs().sum(-1) > 2).any())
+        for lines in (mask, mask.mT, mask.any(-2))
+    )
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 import math
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -170,6 +171,28 @@ def test_the_loss_written_out():
     assert float(AmbientLoss()(Recorder(image), batch, stream())) < 1e-10
 
 
+@pytest.mark.parametrize("error", ["normal", "kspace"])
+def test_the_relative_loss_is_that_of_doing_nothing(error):
+    loss = AmbientLoss(FurtherLines(2.0), error=error, weighting="relative")
+    model = AmbientDenoiser(network(), 0.3)
+    with torch.no_grad():
+        for parameter in model.network.parameters():
+            parameter.zero_()
+    batch, image = small_batch()
+    assert loss(model, batch, stream()).item() == pytest.approx(1, rel=1e-5)
+    # each slice counts by itself, however bright it is: errors twice and half as large give (4 + 1 / 4 + 1) / 3
+    times = torch.tensor([2.0, 0.5, 1.0]).reshape(-1, 1, 1, 1)
+
+    class Wrong(nn.Module):
+        def factors(self, sigma):
+            return SimpleNamespace(skip=torch.zeros_like(sigma))
+
+        def forward(self, aliased, mask, sigma):
+            return image * (1 + times)
+
+    assert float(loss(Wrong(), batch, stream())) == pytest.approx((4 + 0.25 + 1) / 3, rel=1e-4)
+
+
 def test_levels():
     shape = (1, 8)
     n = 5000
@@ -211,10 +234,11 @@ def network(in_channels=4):
 
 
 @pytest.mark.parametrize("redraw", [True, False])
-def test_unmeasured_kspace_and_target_never_enter(redraw):
+@pytest.mark.parametrize("weighting", ["edm", "relative"])
+def test_unmeasured_kspace_and_target_never_enter(redraw, weighting):
     batch = phantom_measurement((24, 20), coils=3)
     batch = batch.scaled(batch.centre_scale())
-    model, loss = AmbientDenoiser(network(), 0.3), AmbientLoss(FurtherLines(3.0), redraw=redraw)
+    model, loss = AmbientDenoiser(network(), 0.3), AmbientLoss(FurtherLines(3.0), redraw=redraw, weighting=weighting)
 
     def gradient(given, seed=0):
         model.zero_grad(set_to_none=True)
