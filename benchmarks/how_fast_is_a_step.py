@@ -32,7 +32,7 @@ import torch
 from msmri.io.output import environment
 from msmri.methods.msm import MSM
 from msmri.model.prior import load_prior, shipped_prior
-from msmri.physics.coils import espirit
+from msmri.physics.espirit import espirit
 from msmri.physics.masks import RandomLines, draw_masks
 from msmri.physics.operators import CoilFourier, Subsample
 from msmri.physics.simulate import coil_maps, phantom, simulate_kspace
@@ -200,7 +200,8 @@ class _Volume:
 
 def memory(quick: bool) -> list[dict[str, Any]]:
     """Measure the peak memory of ``msmri recon --method cg-sense`` on a file, in a process of its own."""
-    from msmri.io.fastmri import Header, write_scan
+    from msmri.io.fastmri import write_scan
+    from msmri.io.header import Header
 
     slices, coils, rows, columns = (2, 4, 96, 64) if quick else (16, 20, 640, 320)
     root = Path(__file__).parents[1]

@@ -20,3 +20,7 @@ class InputError(ValueError):
         self.problem, self.mend, self.path = problem, mend, Path(path) if path is not None else None
         place = f"{path}: " if path is not None else ""
         super().__init__(f"{place}{problem}" + (f"; {mend}" if mend else ""))
+
+
+class InputWarning(UserWarning):
+    """A file that can be used, though something about it is missing or odd."""

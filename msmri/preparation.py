@@ -10,11 +10,13 @@ from typing import Any, Literal
 from torch import Generator, Tensor
 
 from msmri.errors import InputError
-from msmri.io.fastmri import Scan, centre_crop, open_scan, undersample
+from msmri.io.fastmri import Scan, open_scan
+from msmri.io.kspace import centre_crop, undersample
 from msmri.io.output import read_maps
 from msmri.measurement import Measurement
 from msmri.metrics import psnr
-from msmri.physics.coils import Espirit, compress_coils, estimate_noise_std, root_sum_of_squares
+from msmri.physics.coils import compress_coils, estimate_noise_std, root_sum_of_squares
+from msmri.physics.espirit import Espirit
 from msmri.physics.fourier import ifft2c
 from msmri.physics.masks import MaskLaw, slice_seed
 from msmri.physics.operators import CoilFourier

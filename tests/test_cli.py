@@ -18,7 +18,8 @@ from msmri.cli.common import find_slices
 from msmri.errors import InputError
 from msmri.io import open_scan, read_maps, read_reconstruction, write_maps, write_scan
 from msmri.methods.zero_filled import ZeroFilled
-from msmri.physics.coils import Espirit, root_sum_of_squares
+from msmri.physics.coils import root_sum_of_squares
+from msmri.physics.espirit import Espirit
 from msmri.physics.fourier import ifft2c
 from msmri.physics.masks import RandomLines, slice_seed
 from msmri.physics.simulate import coil_maps, phantom, simulate_kspace

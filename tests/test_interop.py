@@ -13,7 +13,7 @@ from msmri.io.fastmri import open_scan, write_scan
 from msmri.methods.cg_sense import CGSense
 from msmri.methods.zero_filled import ZeroFilled
 from msmri.model.denoiser import GaussianDenoiser
-from msmri.physics.coils import Espirit
+from msmri.physics.espirit import Espirit
 from msmri.physics.masks import LAWS, FastMRIEquispaced, PoissonDisc, RandomLines
 from msmri.physics.operators import CoilFourier, Identity, Subsample
 from msmri.tensors import generators, normal_like
@@ -264,7 +264,7 @@ def test_slice_dataset_and_our_reader_agree(tmp_path):
     stored = given.mask[0, 0, 0].clone()
     stored[:2], stored[-3:] = True, True  # fastMRI's masks count the margins as sampled
     kspace = Subsample(stored[None, None, None])(kspace)
-    from msmri.io.fastmri import Header
+    from msmri.io.header import Header
 
     header = Header((48, 20), (24, 20), 8, 14)  # two columns missing at the left, three at the right
     write_scan(tmp_path / "test.h5", kspace, mask=stored, header=header)

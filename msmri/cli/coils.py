@@ -80,7 +80,7 @@ def coils(
 
 def _maps(scan: "Scan", preparation: "Preparation") -> "Iterator[Tensor]":
     """Yield the maps (set, coil, y, x) of one slice after the other, with one number of sets for the whole file."""
-    from msmri.physics.coils import Espirit
+    from msmri.physics.espirit import Espirit
     from msmri.preparation import read_slice
 
     def estimate(index: int, sets: Any) -> "Tensor":

@@ -77,7 +77,7 @@ def evaluate(
 
 def _pair(target_path: Path, path: Path, *, square: bool) -> "tuple[Tensor, Tensor]":
     """Read a target volume and its reconstruction (slices, y, x), of the same slices and size."""
-    from msmri.io.fastmri import centre_crop
+    from msmri.io.kspace import centre_crop
     from msmri.io.output import open_hdf5, read_reconstruction
 
     with open_hdf5(target_path) as file:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from msmri.io.fastmri import crop_readout, normalise_mask, undersample
+from msmri.io.kspace import crop_readout, normalise_mask, undersample
 from msmri.measurement import Measurement
 from msmri.physics.masks import FastMRILaw, MaskLaw, slice_seed
 from msmri.physics.operators import CoilFourier, Subsample

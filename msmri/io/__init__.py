@@ -1,16 +1,9 @@
 """Reading and writing: scans in the fastMRI layout, reconstructions, coil maps, manifests."""
 
-from msmri.io.fastmri import (
-    Header,
-    InputWarning,
-    Scan,
-    centre_crop,
-    crop_readout,
-    list_scans,
-    open_scan,
-    undersample,
-    write_scan,
-)
+from msmri.errors import InputWarning
+from msmri.io.fastmri import Scan, list_scans, open_scan, write_scan
+from msmri.io.header import Header
+from msmri.io.kspace import centre_crop, crop_readout, undersample
 from msmri.io.output import (
     ReconstructionWriter,
     atomic,

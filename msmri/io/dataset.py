@@ -12,7 +12,8 @@ from msmri.errors import InputError
 from msmri.io.fastmri import Scan, list_scans, open_scan
 from msmri.io.output import read_maps, write_maps
 from msmri.measurement import Measurement
-from msmri.physics.coils import Espirit, compress_coils, estimate_noise_std
+from msmri.physics.coils import compress_coils, estimate_noise_std
+from msmri.physics.espirit import Espirit
 from msmri.physics.operators import CoilFourier
 
 

@@ -3,64 +3,28 @@
 import difflib
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
-from xml.etree import ElementTree
 
 import h5py
 import numpy as np
 import torch
 from torch import Tensor
 
-from msmri.errors import InputError
+from msmri.errors import InputError, InputWarning
+from msmri.io.header import Header, read_header, write_header
+from msmri.io.kspace import centre_crop, crop_readout, is_zero_filled, normalise_mask
 from msmri.io.output import atomic, open_hdf5
 from msmri.measurement import Measurement
-from msmri.physics.fourier import ifft2c
 from msmri.physics.operators import Subsample
-from msmri.tensors import KSpace, Mask
+from msmri.tensors import Mask
 
 LAYOUT = "(slices, coil, ky, kx), or (slices, ky, kx) for a single coil"
 STRAY_ZEROS = 0.01  # share of zeros among the sampled lines up to which they are measured zeros, not a 2-D mask
 MEND_COMPLEX = "store it as one complex64 array, kspace = real + 1j * imaginary"
-
-
-class InputWarning(UserWarning):
-    """A file that can be used, though something about it is missing or odd."""
-
-
-@dataclass(frozen=True)
-class Header:
-    """What the ISMRMRD header of a fastMRI file tells.
-
-    Parameters
-    ----------
-    encoded
-        (rows, columns) of the encoded k-space: x and y of ISMRMRD.
-    recon
-        (rows, columns) of the image to give back.
-    centre
-        Index, among the acquired columns, of the central one; None if not told.
-    maximum
-        Index of the last acquired column; None if not told.
-    """
-
-    encoded: tuple[int, int]
-    recon: tuple[int, int]
-    centre: int | None = None
-    maximum: int | None = None
-
-    @property
-    def padding_left(self) -> int:
-        """First acquired column, as fastMRI computes it."""
-        return self.encoded[1] // 2 - self.centre if self.centre is not None else 0
-
-    @property
-    def padding_right(self) -> int:
-        """One past the last acquired column, as fastMRI computes it."""
-        return self.padding_left + self.maximum + 1 if self.maximum is not None else self.encoded[1]
 
 
 class Sampling(NamedTuple):
@@ -202,7 +166,7 @@ class Scan:
                 f"slice {index} holds only zeros where the mask samples", mend="check the mask's order", path=self.path
             )
         target = self._target(index)
-        if target is not None and not sampling.is_complete and _is_zero_filled(values, target):
+        if target is not None and not sampling.is_complete and is_zero_filled(values, target):
             _warn(
                 f"{self.path}: {self.target_name} is the zero-filled reconstruction, so it is not used as a reference"
             )
@@ -281,7 +245,7 @@ def open_scan(path: str | Path, *, crop_readout: bool = True) -> Scan:
     try:
         shape = _kspace_shape(file, path)
         target_name, target_shape = _find_target(file, path, shape)
-        header = _read_header(file, path)
+        header = read_header(file, path)
         if header is not None and header.encoded != shape[2:]:
             _warn(f"{path}: ismrmrd_header tells of {header.encoded} k-space, but kspace is {shape[2:]}")
         return Scan(
@@ -319,85 +283,6 @@ def list_scans(paths: Iterable[str | Path]) -> list[Path]:
     if not found:
         raise InputError(f"no .h5 file in {', '.join(map(str, given)) or 'an empty list'}", mend="give scans to read")
     return list(found.values())
-
-
-def undersample(measurement: Measurement, mask: Mask) -> Measurement:
-    """Undersample a measurement: keep what both its own mask and ``mask`` (..., 1 or ky, kx) sample.
-
-    The measurement's own mask is False in the margins, so columns that were never acquired do not count as sampled.
-
-    Raises
-    ------
-    InputError
-        If the mask does not fit k-space or leaves nothing.
-    """
-    rows, columns = measurement.values.shape[-2:]
-    if mask.shape[-1] != columns or mask.shape[-2] not in (1, rows):
-        raise InputError(
-            f"a mask of {tuple(mask.shape[-2:])} does not fit k-space of {(rows, columns)}",
-            mend="draw the mask for that size",
-        )
-    kept = measurement.mask & mask.to(device=measurement.mask.device, dtype=torch.bool)
-    if not bool(kept.flatten(1).any(1).all()):
-        raise InputError("the mask leaves nothing of k-space", mend="lower the acceleration")
-    return replace(measurement, values=Subsample(kept)(measurement.values), mask=kept)
-
-
-def crop_readout(kspace: KSpace, rows: int) -> KSpace:
-    """Crop the image of ``kspace`` (..., ky, kx) to its ``rows`` central rows, along ky alone.
-
-    The transforms are orthonormal on either size, so pixel values and the standard deviation of white noise in
-    k-space both stay as they were.
-    """
-    image = torch.fft.fftshift(torch.fft.ifft(torch.fft.ifftshift(kspace, dim=-2), dim=-2, norm="ortho"), dim=-2)
-    image = centre_crop(image, (rows, kspace.shape[-1]))
-    return torch.fft.fftshift(torch.fft.fft(torch.fft.ifftshift(image, dim=-2), dim=-2, norm="ortho"), dim=-2)
-
-
-def centre_crop(image: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Crop images (..., y, x) about their centre, as ``fastmri.data.transforms.center_crop``.
-
-    An axis shorter than asked is padded with zeros instead, such that cropping it back gives the image again.
-    """
-    for axis, size in zip((-2, -1), shape):
-        n = image.shape[axis]
-        if n >= size:
-            image = image.narrow(axis, (n - size) // 2, size)
-        else:
-            before = (size - n) // 2
-            margins = (before, size - n - before)
-            image = torch.nn.functional.pad(image, margins if axis == -1 else (0, 0, *margins))
-    return image
-
-
-def normalise_mask(mask: np.ndarray, shape: tuple[int, int, int, int], *, path: Path | None = None) -> np.ndarray:
-    """Bring a stored mask to bool (1 or slices, 1 or ky, kx); ky becomes 1 where all rows are alike.
-
-    Raises
-    ------
-    InputError
-        If the mask fits neither the columns nor the matrix of k-space, is not finite, or samples nothing.
-    """
-    slices, _, rows, columns = shape
-    flat = np.squeeze(mask)
-    if mask.ndim == 3 and mask.shape[0] == slices and mask.shape[1] in (1, rows) and mask.shape[2] == columns:
-        result = mask
-    elif flat.shape == (columns,):
-        result = flat[None, None]
-    elif flat.shape == (rows, columns):
-        result = flat[None]
-    else:
-        raise InputError(
-            f"mask has shape {mask.shape}, but kspace has {columns} columns (and {rows} rows)",
-            mend=f"store a mask of length {columns}",
-            path=path,
-        )
-    if result.dtype.kind not in "buif" or not np.isfinite(result).all():
-        raise InputError("mask is not made of 0 and 1", mend="store it as bool or uint8", path=path)
-    result = result != 0
-    if not result.any((1, 2)).all():
-        raise InputError("mask samples nothing", mend="store True where k-space was sampled", path=path)
-    return result[:, :1] if (result == result[:, :1]).all() else result
 
 
 def write_scan(
@@ -466,85 +351,6 @@ def write_scan(
             file.attrs[key] = value
 
 
-def write_header(header: Header) -> str:
-    """Write a minimal valid ISMRMRD header; pixels are 1 mm wide and the field strength is not told."""
-    from ismrmrd import xsd
-
-    def space(matrix: tuple[int, int]) -> xsd.encodingSpaceType:
-        rows, columns = matrix
-        return xsd.encodingSpaceType(
-            matrixSize=xsd.matrixSizeType(x=rows, y=columns, z=1),
-            fieldOfView_mm=xsd.fieldOfViewMm(x=float(rows), y=float(columns), z=1.0),
-        )
-
-    rows, columns = header.encoded
-    centre = columns // 2 if header.centre is None else header.centre
-    maximum = columns - 1 if header.maximum is None else header.maximum
-    limits = xsd.encodingLimitsType(
-        kspace_encoding_step_0=xsd.limitType(minimum=0, maximum=rows - 1, center=rows // 2),
-        kspace_encoding_step_1=xsd.limitType(minimum=0, maximum=maximum, center=centre),
-    )
-    encoding = xsd.encodingType(
-        encodedSpace=space(header.encoded),
-        reconSpace=space(header.recon),
-        encodingLimits=limits,
-        trajectory=xsd.trajectoryType.CARTESIAN,
-    )
-    conditions = xsd.experimentalConditionsType(H1resonanceFrequency_Hz=0)
-    return xsd.ToXML(xsd.ismrmrdHeader(experimentalConditions=conditions, encoding=[encoding]))
-
-
-def parse_header(xml: bytes | str) -> Header:
-    """Parse an ISMRMRD header, with ismrmrd's own classes or, should they refuse it, element by element.
-
-    Raises
-    ------
-    ValueError
-        If the header is not XML or does not tell both matrix sizes.
-    """
-    from ismrmrd import xsd
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # a value that cannot be converted is only warned of
-            encoding = xsd.CreateFromDocument(xml).encoding[0]
-        line = encoding.encodingLimits.kspace_encoding_step_1
-        sizes = [space.matrixSize for space in (encoding.encodedSpace, encoding.reconSpace)]
-        matrices = [(size.x, size.y) for size in sizes]
-        limits = (line.center, line.maximum) if line is not None else (None, None)
-    except Exception:
-        try:
-            root = ElementTree.fromstring(xml)
-        except ElementTree.ParseError as error:
-            raise ValueError(f"not XML: {error}") from error
-
-        def number(*names: str) -> int | None:
-            text = root.findtext("./" + "/".join(f"{{*}}{name}" for name in ("encoding", *names)))
-            return int(text) if text is not None else None
-
-        matrices = [(number(space, "matrixSize", "x"), number(space, "matrixSize", "y")) for space in _SPACES]
-        limits = (number(*_LINES, "center"), number(*_LINES, "maximum"))
-    if any(n is None or n < 1 for matrix in matrices for n in matrix):
-        raise ValueError("no matrix sizes")
-    return Header(matrices[0], matrices[1], *limits)
-
-
-_SPACES = ("encodedSpace", "reconSpace")
-_LINES = ("encodingLimits", "kspace_encoding_step_1")
-
-
-def _read_header(file: h5py.File, path: Path) -> Header | None:
-    if "ismrmrd_header" not in file:
-        _warn(f"{path}: no ismrmrd_header, so the image size is the reference's, or that of kspace", depth=4)
-        return None
-    text = np.asarray(file["ismrmrd_header"][()]).reshape(-1)
-    try:
-        return parse_header(text[0] if len(text) == 1 else text.tobytes())
-    except (ValueError, TypeError) as error:
-        _warn(f"{path}: ismrmrd_header cannot be read ({error}), so it is not used", depth=4)
-        return None
-
-
 def _kspace_shape(file: h5py.File, path: Path) -> tuple[int, int, int, int]:
     """Check name, type and rank of k-space, and give its shape with a coil axis."""
     kspace = file.get("kspace")
@@ -589,12 +395,6 @@ def _find_target(
             return name, dataset.shape[1:]
         _warn(f"{path}: {name} has shape {dataset.shape} for {shape[0]} slices, so it is not a reference", depth=4)
     return None, None
-
-
-def _is_zero_filled(values: KSpace, target: Tensor) -> bool:
-    """Tell whether the reference (1, y, x) is just the root-sum-of-squares of the undersampled k-space."""
-    zero_filled = centre_crop(ifft2c(values).abs().square().sum(1).sqrt(), (target.shape[-2], target.shape[-1]))
-    return bool((zero_filled - target).norm() <= 1e-3 * target.norm())
 
 
 def _array(values: Tensor | np.ndarray) -> np.ndarray:

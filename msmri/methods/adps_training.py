@@ -27,9 +27,9 @@ class AmbientLoss:
     a part of P and A~ = P~ E, the network sees ``u = A~^H (P~ s + A~ sigma n)``, which is A~^H A~ (x + sigma n) made
     of measured data only, and the loss is ``lambda(sigma) ||A^H (A h(u, P~, sigma) - s)||^2``. As every line of P has a
     chance to be outside P~, the best h is E[x | u, P~]. With "edm" the loss is divided by the real components of the
-    image and by the share of k-space in P; the original is the sum over the image. With "relative" it is divided by what
-    ``h = c_skip u`` would cost: one number for the thousands of places of a slice, which leaves the best estimate of
-    each its conditional mean but for terms of the order of one over their number.
+    image and by the share of k-space in P; the original is the sum over the image. With "relative" it is divided by
+    what ``h = c_skip u`` would cost: one number for the thousands of places of a slice, which leaves the best estimate
+    of each its conditional mean but for terms of the order of one over their number.
     """
 
     further: FurtherMask = field(default_factory=FurtherLines)  # the law of P~ given P

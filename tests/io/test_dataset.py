@@ -10,7 +10,8 @@ from msmri.errors import InputError
 from msmri.io.dataset import TrainingScans
 from msmri.io.fastmri import open_scan, write_scan
 from msmri.model.partial import radial_frequency
-from msmri.physics.coils import Espirit, estimate_noise_std
+from msmri.physics.coils import estimate_noise_std
+from msmri.physics.espirit import Espirit
 from msmri.physics.masks import RandomLines, draw_masks
 from msmri.physics.operators import Subsample
 from msmri.physics.simulate import coil_maps, phantom, simulate_kspace

@@ -9,20 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from msmri.errors import InputError
-from msmri.io.fastmri import (
-    Header,
-    InputWarning,
-    centre_crop,
-    crop_readout,
-    list_scans,
-    normalise_mask,
-    open_scan,
-    parse_header,
-    undersample,
-    write_header,
-    write_scan,
-)
+from msmri.errors import InputError, InputWarning
+from msmri.io.fastmri import list_scans, open_scan, write_scan
+from msmri.io.header import Header, parse_header, write_header
+from msmri.io.kspace import centre_crop, crop_readout, normalise_mask, undersample
 from msmri.measurement import Measurement
 from msmri.physics.fourier import fft2c, ifft2c
 

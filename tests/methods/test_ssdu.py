@@ -15,7 +15,7 @@ from msmri.methods.ssdu import SSDU, ZeroShotSSDU
 from msmri.methods.ssdu_training import Split, SSDULoss, SupervisedLoss, normalised_error
 from msmri.model.checkpoint import save_checkpoint
 from msmri.model.unrolled import ResNet, Unrolled
-from msmri.physics.coils import Espirit
+from msmri.physics.espirit import Espirit
 from msmri.physics.masks import RandomLines, _arrival_probability, slice_seed
 from msmri.physics.operators import CoilFourier, Identity, Subsample
 from msmri.physics.simulate import coil_maps, phantom, simulate_kspace

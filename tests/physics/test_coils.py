@@ -12,16 +12,15 @@ from hypothesis import strategies as st
 
 from msmri.errors import InputError
 from msmri.physics.coils import (
-    Espirit,
     calibration_region,
     combine,
     compress_coils,
-    espirit,
     estimate_noise_std,
     noise_covariance,
     prewhiten,
     root_sum_of_squares,
 )
+from msmri.physics.espirit import Espirit, espirit
 from msmri.physics.fourier import fft2c, ifft2c
 from msmri.tensors import generators, normal_like
 
@@ -308,7 +307,7 @@ def test_only_the_calibration_block_is_read():
 def test_chunks_of_rows_do_not_change_the_result(monkeypatch):
     kspace, _ = phantom((33, 40))
     maps, values = espirit(kspace)
-    monkeypatch.setattr("msmri.physics.coils._CPU_BYTES", 40 * 16 * 8 * 7)
+    monkeypatch.setattr("msmri.physics.espirit._CPU_BYTES", 40 * 16 * 8 * 7)
     for threads in (1, 2):
         torch.set_num_threads(threads)
         again = espirit(kspace)
