@@ -298,7 +298,7 @@ def test_places_that_cannot_be_written(tmp_path, monkeypatch):
     assert files(tmp_path) == ["file"] and not (tmp_path / "new").exists()
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="as root: see test_cli")
 def test_a_read_only_directory(tmp_path):
     tmp_path.chmod(0o555)
     try:
