@@ -33,6 +33,7 @@ class FurtherLines:
 
     acceleration: float = 4.0  # R, nominal, of the masks it is applied to
     centre_fraction: float = CENTRE_FRACTION  # of the columns; their lines always stay
+    varied: bool = False  # take any number of lines from 1 to that one, so that the network knows masks in between too
 
     def __post_init__(self) -> None:
         if not 1 <= self.acceleration < math.inf or not 0 <= self.centre_fraction <= 1:
@@ -50,8 +51,11 @@ class FurtherLines:
         outer = mask.reshape(-1, width).any(0).cpu()
         outer[first : first + centre] = False
         columns = outer.nonzero().flatten()
+        count = self.count(width)
+        if self.varied and count > 1:
+            count = int(torch.randint(1, count + 1, (), generator=rng))
         gone = torch.zeros(width, dtype=torch.bool)
-        gone[columns[torch.randperm(len(columns), generator=rng)[: self.count(width)]]] = True
+        gone[columns[torch.randperm(len(columns), generator=rng)[:count]]] = True
         return mask & ~gone.to(mask.device)
 
 

@@ -96,6 +96,14 @@ def test_further_pixels():
     assert torch.equal(FurtherPixels(0.0)(mask, stream()), mask)
 
 
+def test_any_number_of_further_lines():
+    law, mask = FurtherLines(2.0, varied=True), torch.ones(1, 1, 40, dtype=torch.bool)
+    gone = [40 - int(law(mask, stream(seed)).sum()) for seed in range(400)]
+    assert law.count(40) == 7 and set(gone) == set(range(1, 8))
+    assert max(gone.count(n) for n in range(1, 8)) < 90
+    assert int(FurtherLines(2.0)(mask, stream()).sum()) == 33
+
+
 @pytest.mark.parametrize("make", [lambda: FurtherLines(0.5), lambda: FurtherLines(4, 1.5), lambda: FurtherPixels(1.0)])
 def test_refused_laws(make):
     with pytest.raises(InputError):
