@@ -211,8 +211,8 @@ def effort(path: Path) -> str:
     _, header = load_checkpoint(path)
     stages = header.get("stages") or [header]
     steps = " + ".join(str(stage.get("step", "?")) for stage in stages)
-    hours = sum(float(stage.get("seconds", "nan")) for stage in stages) / 3600
-    return f"{steps} steps" + (f", {hours:.1f} core hours" if hours == hours else "")
+    hours = [stage["cpu_hours"] for stage in stages if "cpu_hours" in stage]
+    return f"{steps} steps" + (f", {sum(hours):.1f} CPU hours" if len(hours) == len(stages) else "")
 
 
 def parse() -> argparse.Namespace:

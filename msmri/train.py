@@ -84,7 +84,7 @@ def train(recipe: dict[str, Any], run: str | Path, *, device: str = "cpu", resum
         model: nn.Module = build(recipe["model"])
     model.to(device)
     optimiser = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    first, history = 0, []
+    first, history, spent = 0, [], 0.0
     if state_file.exists():
         if not resume:
             raise InputError("this folder holds a run", mend="resume it or choose another folder", path=run)
@@ -95,7 +95,7 @@ def train(recipe: dict[str, Any], run: str | Path, *, device: str = "cpu", resum
         averaged = copy.deepcopy(model)
         averaged.load_state_dict(saved["averaged"])
         optimiser.load_state_dict(saved["optimiser"])
-        first, history = saved["step"], saved["history"]
+        first, history, spent = saved["step"], saved["history"], saved.get("cpu_seconds", 0.0)
     else:
         spectrum = getattr(model, "spectrum", None)
         if isinstance(spectrum, Tensor):
@@ -109,7 +109,7 @@ def train(recipe: dict[str, Any], run: str | Path, *, device: str = "cpu", resum
                 raise InputError("the weights do not fit the model", mend=mend, path=recipe["start"]) from error
         averaged = copy.deepcopy(model)
     averaged.requires_grad_(False)
-    begun = time.monotonic()
+    begun, spent = time.monotonic(), spent - time.process_time()
     for step in range(first, settings.steps):
         rng = Generator().manual_seed((settings.seed << 32) + step)
         batch = _to_device(data.batch(rng, pixels=settings.pixels), device)
@@ -127,7 +127,8 @@ def train(recipe: dict[str, Any], run: str | Path, *, device: str = "cpu", resum
                 average.lerp_(current, 1 - decay)
         history.append(float(value.detach()))
         if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
-            _save(run, recipe, settings, step + 1, model, averaged, optimiser, history)
+            told = {"step": step + 1, "cpu_seconds": spent + time.process_time()}
+            _save(run, recipe, settings, told, model, averaged, optimiser, history)
         yield Record(step + 1, settings.steps, history[-1], time.monotonic() - begun)
 
 
@@ -166,7 +167,7 @@ def _save(
     run: Path,
     recipe: dict[str, Any],
     settings: TrainSettings,
-    step: int,
+    told: dict[str, Any],
     model: nn.Module,
     averaged: nn.Module,
     optimiser: torch.optim.Optimizer,
@@ -177,7 +178,7 @@ def _save(
 
     state = {
         "identity": _identity(recipe),
-        "step": step,
+        **told,
         "model": model.state_dict(),
         "averaged": averaged.state_dict(),
         "optimiser": optimiser.state_dict(),
@@ -188,7 +189,8 @@ def _save(
     header = {
         "format": "msmri-partial",
         "recipe": recipe | {"train": asdict(settings)},
-        "step": step,
+        "step": told["step"],
+        "cpu_hours": round(told["cpu_seconds"] / 3600, 3),  # of all threads together, from the first step
         "msmri": __version__,
         "loss": [round(sum(history[i : i + 50]) / len(history[i : i + 50]), 5) for i in range(0, len(history), 50)],
     }

@@ -43,14 +43,14 @@ def main() -> None:
         recipe["data"].pop("cache", None)
         if "start" in recipe:
             recipe["start"] = "the stage before"
-        stages.append({key: header[key] for key in ("recipe", "step", "loss", "msmri")})
+        stages.append({key: header[key] for key in ("recipe", "step", "cpu_hours", "loss", "msmri") if key in header})
     # the spectrum spans more decades than half precision holds
     small = {name: t if name == "spectrum" or t.ndim < 2 else t.to(torch.float16) for name, t in tensors.items()}
     digest = hashlib.sha256()
     for name in sorted(small):
         digest.update(name.encode() + small[name].contiguous().numpy().tobytes())
     shipped = {
-        "format": "msmri-partial",
+        "format": header["format"],
         "recipe": stages[-1]["recipe"],
         "stages": stages,
         **({"stages_note": options.note} if options.note else {}),

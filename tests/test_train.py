@@ -73,13 +73,15 @@ def test_resumed_run_ends_as_an_uninterrupted_one(recipe, tmp_path, killed_after
     records = list(train(recipe, tmp_path / "whole"))
     assert [r.step for r in records] == [1, 2, 3, 4, 5, 6] and records[-1].n_steps == 6
     assert len(stop_after(recipe, tmp_path / "killed", killed_after)) == killed_after
-    assert state_of(tmp_path / "killed")["step"] == 3
+    spent = state_of(tmp_path / "killed")["cpu_seconds"]
+    assert state_of(tmp_path / "killed")["step"] == 3 and 0 < spent < 60
     rest = list(train(recipe, tmp_path / "killed"))
     assert [r.step for r in rest] == [4, 5, 6]
     assert [r.loss for r in rest] == [r.loss for r in records[3:]]
     assert_same(weights_of(tmp_path / "killed"), weights_of(tmp_path / "whole"))
     one, other = state_of(tmp_path / "killed"), state_of(tmp_path / "whole")
     assert one["history"] == other["history"] and len(one["history"]) == 6
+    assert spent < one["cpu_seconds"] < 60  # the time before the interruption counts
     assert_same(one["model"], other["model"])
     for a, b in zip(one["optimiser"]["state"].values(), other["optimiser"]["state"].values()):
         assert_same(a, b)
@@ -99,7 +101,9 @@ def test_files_of_a_run(recipe, tmp_path):
     assert header["recipe"]["model"] == recipe["model"] and header["recipe"]["loss"] == recipe["loss"]
     assert header["recipe"]["train"]["steps"] == 6 and header["recipe"]["train"]["ema"] == TrainSettings().ema
     assert header["loss"] == [pytest.approx(sum(r.loss for r in seen) / 6, abs=1e-5)]
-    assert all(r.seconds > 0 for r in seen)
+    assert all(r.seconds > 0 for r in seen) and header["cpu_hours"] == round(
+        state_of(tmp_path)["cpu_seconds"] / 3600, 3
+    )
 
 
 def test_the_file_is_the_averaged_model(recipe, tmp_path):

@@ -1,0 +1,279 @@
+"""Ask what more masks a step (w) and more steps buy in generation: quality of samples, and seconds.
+
+    python benchmarks/what_does_w_buy.py FULLY_SAMPLED_SCANS --markdown docs/results_generation.md
+
+Samples of a prior are compared, by the Frechet distance on fixed scattering features, with coil-combined images of
+fully sampled people that the prior has not seen. What a distance means is told by anchors: the references' other half,
+the references with random phases in k-space (noise of the very same spectrum), and, with --oracle, plain diffusion with
+a prior of clean images. With --inception, FID and KID as well. Interrupted, the same command goes on: every cell is
+written to the JSON as it comes, and its images to --work. The full run: --size 128 --count 3000 --steps 10 20 50 200.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msmri.distances import Distance, frechet_distance, inception_distances, scattering_features
+from msmri.io.fastmri import list_scans, open_scan
+from msmri.io.output import atomic, environment, fingerprint, sha256, write_manifest
+from msmri.io.samples import image_sheet
+from msmri.methods import combine_sets
+from msmri.methods.generation import Generation
+from msmri.model.prior import load_prior, shipped_prior
+from msmri.physics.espirit import Espirit
+from msmri.physics.fourier import fft2c, ifft2c
+from msmri.physics.masks import RandomLines
+from msmri.physics.operators import CoilFourier
+from msmri.physics.simulate import coil_maps, crop_kspace
+from msmri.report import line_plot, markdown_table
+from msmri.tensors import generators, spawn
+
+HERE = Path(__file__).parent
+SHOWN = 2  # images of a cell in the sheet
+
+
+def references(paths: list[str], size: int, slices: int | None) -> tuple[Tensor, list[str]]:
+    """Combine the coils of fully sampled slices, widen them to squares and resample to (n, size, size)."""
+    images, names = [], []
+    for path in list_scans(paths):
+        with open_scan(path) as scan:
+            for index in range(scan.n_slices)[:slices]:
+                one = scan.read(index)
+                if not bool(one.mask.all()):
+                    raise SystemExit(f"{path} is undersampled: references must be fully sampled")
+                maps = Espirit()(one.values, one.mask)
+                image = combine_sets(CoilFourier(maps).adjoint(one.values))
+                side = max(size, *image.shape[-2:])
+                margins = [side - n for n in image.shape[-2:]]
+                square = torch.nn.functional.pad(
+                    image,
+                    (margins[1] // 2, margins[1] - margins[1] // 2, margins[0] // 2, margins[0] - margins[0] // 2),
+                )
+                images.append(crop_kspace(square, (size, size)).abs())
+                names.append(f"{path.name}#{index}")
+    return torch.cat(images), names
+
+
+def scrambled(images: Tensor, seed: int) -> Tensor:
+    """Give every place of k-space a random phase: clouds of the same spectrum."""
+    kspace = fft2c(images.to(torch.complex64))
+    turn = torch.rand(images.shape, generator=torch.Generator().manual_seed(seed))
+    return ifft2c(kspace.abs() * torch.polar(torch.ones_like(turn), 2 * torch.pi * turn)).abs()
+
+
+def imbalance(features: Tensor) -> float:
+    """Mean log ratio of fine waves along x, where lines are left out, to those along y: line artefacts."""
+    return float((features[:, [0, 4]] - features[:, [2, 6]]).mean())
+
+
+def judged(distance: Distance, features: Tensor) -> dict[str, Any]:
+    return {
+        "distance": distance.value,
+        "means": distance.means,
+        "floor": distance.floor,
+        "excess": distance.excess,
+        "shrinkage": distance.shrinkage,
+        "images": distance.counts[1],
+        "imbalance": imbalance(features),
+    }
+
+
+def kept(path: Path, shape: tuple[int, ...]) -> Tensor | None:
+    """Read the images of a cell, if they are there."""
+    if not path.exists():
+        return None
+    images = torch.load(path, weights_only=True).float()
+    return images if images.shape == shape else None
+
+
+def draw(method: Generation, options: argparse.Namespace) -> Tensor:
+    """Draw magnitude images, every one through simulated coils of its own."""
+    shape = (options.size, options.size)
+    images = []
+    for first in range(0, options.count, method.batch):
+        streams = generators(options.seed, min(method.batch, options.count - first), first=first)
+        # the coils of a sample are its own and the same in all cells, and so is its noise
+        maps = torch.cat([coil_maps(shape, options.coils, *spawn(stream, 1)) for stream in streams])
+        encoding = CoilFourier(maps.to(options.device))
+        images.append(method(encoding, (1, *shape), streams, device=options.device)[:, 0].abs().cpu())
+    return torch.cat(images)
+
+
+def main() -> None:
+    """Run what is missing and write the table and the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scans", nargs="+", help="fully sampled scans, or folders of them")
+    parser.add_argument("--slices", type=int, default=None, help="only so many of each scan")
+    parser.add_argument("--prior", type=Path, default=None)
+    parser.add_argument("--oracle", type=Path, default=None, help="a prior of clean images, for plain diffusion")
+    parser.add_argument("--masks", nargs="*", type=int, default=[1, 2, 3, 4, 8])
+    parser.add_argument("--steps", nargs="*", type=int, default=[10, 20, 50])
+    parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--count", type=int, default=8)
+    parser.add_argument("--coils", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--acceleration", type=float, default=4.0)
+    parser.add_argument("--aggregate", default="parallel")
+    parser.add_argument("--independent", action="store_true", help="masks drawn independently, as published")
+    parser.add_argument("--eta", type=float, default=1.0)
+    parser.add_argument("--sigma-max", type=float, default=None)
+    parser.add_argument("--inception", type=Path, default=None, help="Inception's weights, for FID and KID")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--markdown", type=Path, default=None)
+    parser.add_argument("--work", type=Path, default=Path("runs/what_does_w_buy"), help="the images drawn")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "what_does_w_buy.json")
+    options = parser.parse_args()
+
+    targets, names = references(options.scans, options.size, options.slices)
+    files = {"prior": options.prior or shipped_prior()}
+    if options.oracle is not None:
+        files["oracle"] = options.oracle
+    told = ("size", "count", "coils", "acceleration", "aggregate", "independent", "eta", "sigma_max", "seed")
+    settings = {name: getattr(options, name) for name in told}
+    settings |= {"sha256": {name: sha256(path) for name, path in files.items()}, "references": names}
+    work = options.work / f"{abs(hash_of(settings)):012x}"
+    features = scattering_features(targets)
+    rng = torch.Generator().manual_seed(options.seed)
+    anchors = {
+        "one half of the references against the other": frechet_distance(features[::2], features[1::2], rng=rng),
+        "references with random phases in k-space": frechet_distance(
+            features, scattering_features(scrambled(targets, options.seed)), rng=rng
+        ),
+    }
+    record: dict[str, Any] = {
+        "environment": environment(),
+        "settings": settings,
+        "imbalance of references": imbalance(features),
+        "anchors": {name: {"distance": d.value, "floor": d.floor} for name, d in anchors.items()},
+        "cells": {},
+    }
+    cells = [(f"w={w} steps={n}", {"masks_per_step": w, "steps": n}) for n in options.steps for w in options.masks]
+    if options.oracle is not None:
+        plain = {"masks_per_step": 1, "law": RandomLines(1.0), "covering": False, "prior": "oracle"}
+        cells += [(f"oracle steps={n}", {**plain, "steps": n}) for n in options.steps]
+    if options.out.exists():
+        import json
+
+        before = json.loads(options.out.read_text("utf-8"))
+        if fingerprint(before.get("settings", {})) == fingerprint(settings):
+            record["cells"] = before["cells"]
+    loaded: dict[str, Any] = {}
+    common = {
+        "law": RandomLines(options.acceleration),
+        "aggregate": options.aggregate,
+        "covering": not options.independent,
+        "eta": options.eta,
+        "sigma_max": options.sigma_max,
+        "batch": options.batch,
+    }
+    drawn: dict[str, Tensor] = {}
+    for name, changes in cells:
+        path = work / f"{name.replace(' ', '_')}.pt"
+        images = kept(path, (options.count, options.size, options.size))
+        row = record["cells"].get(name, {}) if images is not None else {}
+        if images is None:
+            which = changes.get("prior", "prior")
+            if which not in loaded:
+                loaded[which] = load_prior(files[which], device=options.device)
+            method = Generation(**{**common, **changes, "prior": loaded[which]})
+            begun = time.perf_counter()
+            images = draw(method, options)
+            row["seconds an image"] = (time.perf_counter() - begun) / options.count
+            with atomic(path) as part:
+                torch.save(images.half(), part)
+            images = images.half().float()
+        drawn[name] = images
+        if "distance" not in row:
+            found = scattering_features(images)
+            row |= judged(frechet_distance(features, found, rng=rng), found)
+        if options.inception is not None and "fid" not in row:
+            row |= inception_distances(targets, images, weights=options.inception, device=options.device)
+        record["cells"][name] = row
+        write_manifest(options.out, record)
+        print(
+            f"{name:20s} distance {row['distance']:.2f}  {row.get('seconds an image', float('nan')):.1f} s", flush=True
+        )
+    if options.markdown:
+        write_page(options, record, drawn, targets)
+
+
+def hash_of(settings: dict[str, Any]) -> int:
+    """Name the folder of a run's images."""
+    import zlib
+
+    return zlib.crc32(fingerprint(settings).encode())
+
+
+def write_page(options: argparse.Namespace, record: dict[str, Any], drawn: dict[str, Tensor], targets: Tensor) -> None:
+    """Write tables, curves and sheets."""
+    folder = options.markdown.parent / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    cells, settings = record["cells"], record["settings"]
+
+    def table(key: str, form: str) -> str:
+        rows = [
+            {"w": w, **{f"{n} steps": cells[f"w={w} steps={n}"].get(key) for n in options.steps}} for w in options.masks
+        ]
+        return markdown_table(rows, {"w": "", **{f"{n} steps": form for n in options.steps}})
+
+    def series(x: str) -> dict[str, list[tuple[float, ...]]]:
+        found: dict[str, list[tuple[float, ...]]] = {}
+        for n in options.steps:
+            points = [(w if x == "w" else w * n, cells[f"w={w} steps={n}"]["distance"]) for w in options.masks]
+            found[f"{n} steps"] = points
+        return found
+
+    label = "Frechet distance (scattering)"
+    line_plot(folder / "generation_w.png", series("w"), x_label="masks a step, w", y_label=label)
+    line_plot(
+        folder / "generation_passes.png", series("passes"), x_label="network passes an image", y_label=label, log_x=True
+    )
+    shown = min(SHOWN, options.count)
+    rows = [torch.cat([drawn[f"w={w} steps={n}"][:shown] for n in options.steps]) for w in options.masks]
+    rows.append(targets[torch.arange(shown * len(options.steps)) * len(targets) // (shown * len(options.steps))])
+    image_sheet(folder / "generation_sheet.png", torch.cat(rows), columns=shown * len(options.steps))
+    anchors = [
+        {"images": name, "distance": a["distance"], "floor of such sets": a["floor"]}
+        for name, a in record["anchors"].items()
+    ]
+    anchors += [
+        {"images": name, "distance": row["distance"], "floor of such sets": row["floor"]}
+        for name, row in cells.items()
+        if name.startswith("oracle")
+    ]
+    inception = "".join(
+        f"{name}, masks w down, steps across:\n\n{table(key, form)}\n"
+        for name, key, form in (("FID (Inception)", "fid", ".1f"), ("KID (Inception)", "kid", ".4f"))
+        if all(key in row for row in cells.values())
+    )
+    steps = ", ".join(map(str, options.steps))
+    options.markdown.write_text(
+        "# What do more masks a step buy in generation?\n\nWritten by `benchmarks/what_does_w_buy.py`; do not edit by "
+        f"hand. {settings['count']} samples a cell at {settings['size']} x {settings['size']} through "
+        f"{settings['coils']} simulated coils, {settings['aggregate']} aggregation, nominal R "
+        f"{settings['acceleration']:g}, masks {'independent' if settings['independent'] else 'dealt out'}, eta "
+        f"{settings['eta']:g}, seed {settings['seed']}, prior SHA-256 `{settings['sha256']['prior'][:16]}`, commit "
+        f"`{record['environment'].get('commit')}`. References: {len(settings['references'])} coil-combined slices of "
+        f"fully sampled scans.\n\nFrechet distance on scattering features (see `msmri/distances.py`; lower is better), "
+        f"masks w down, steps across:\n\n{table('distance', '.2f')}\nFloor: the mean distance of two such sets of one "
+        f"law:\n\n{table('floor', '.2f')}\nWhat such distances mean:\n\n"
+        f"{markdown_table(anchors, {'images': '', 'distance': '.2f', 'floor of such sets': '.2f'})}\n"
+        f"Seconds an image:\n\n{table('seconds an image', '.1f')}\nArtefacts of lines: mean log ratio of fine waves "
+        f"along the undersampled axis to those across; {record['imbalance of references']:+.2f} in the references:\n\n"
+        f"{table('imbalance', '+.2f')}\n{inception}"
+        "![Distance against w](images/generation_w.png)\n\n"
+        "![Distance against network passes](images/generation_passes.png)\n\n"
+        f"Samples: a row each for w = {', '.join(map(str, options.masks))}, from left to right {steps} steps "
+        f"({shown} samples each, the same seeds in all cells); the last row shows references.\n\n"
+        "![Samples](images/generation_sheet.png)\n",
+        "utf-8",
+    )
+
+
+if __name__ == "__main__":
+    main()
