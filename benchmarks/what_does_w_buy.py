@@ -45,7 +45,7 @@ def references(paths: list[str], size: int, slices: int | None) -> tuple[Tensor,
                 one = scan.read(index)
                 if not bool(one.mask.all()):
                     raise SystemExit(f"{path} is undersampled: references must be fully sampled")
-                maps = Espirit()(one.values, one.mask)
+                maps = Espirit(crop=0.0)(one.values, one.mask)  # the background stays, as in samples
                 image = combine_sets(CoilFourier(maps).adjoint(one.values))
                 side = max(size, *image.shape[-2:])
                 margins = [side - n for n in image.shape[-2:]]

@@ -363,6 +363,18 @@ def summarise(rows: list[dict[str, Any]], view: str, seed: int) -> str:
     return markdown_table(lines, list(lines[0])) if lines else ""
 
 
+def every_slice(rows: list[dict[str, Any]]) -> str:
+    """Give the PSNR of every slice by every method."""
+    lines: dict[tuple[str, float], dict[str, Any]] = {}
+    labels = list(dict.fromkeys(row["method"] for row in rows))
+    for row in rows:
+        key = row["scan"], row["nominal_R"]
+        first = {"scan": row["scan"], "R (true)": f"{row['nominal_R']:g} ({row['true_R']:.2f})"}
+        line = lines.setdefault(key, first | dict.fromkeys(labels, ""))
+        line[row["method"]] = f"{row['psnr']:.2f}"
+    return markdown_table(list(lines.values()), ["scan", "R (true)", *labels])
+
+
 def verdict(rows: list[dict[str, Any]]) -> list[str]:
     """Say who wins among the methods that never saw clean data, and where MSM loses."""
     said = []
@@ -441,7 +453,8 @@ def page(record: dict[str, Any], rows: list[dict[str, Any]], figures: list[Path]
         "mean square error over the root mean square of the predicted spread. Peak MiB: growth of the process while "
         "it ran. A method that reports fewer scans is slow and was run on the first ones only.\n\n"
         f"{left_out}## In words\n\n{verdicts}\n\n## Training\n\n{trained}\n\n## Means\n\n"
-        f"{summarise(rows, 'file units', options.seed)}\n"
+        f"{summarise(rows, 'file units', options.seed)}\n\n## PSNR of every slice, dB\n\n"
+        f"{every_slice([row for row in rows if row['view'] == 'file units'])}\n"
     )
     if any(row["view"] == "paper" for row in rows):
         text += (

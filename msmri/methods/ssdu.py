@@ -29,7 +29,7 @@ from msmri.model.unrolled import ResNet, Unrolled
 from msmri.physics.operators import CoilFourier, Subsample
 from msmri.tensors import Image, KSpace, Mask, Rng
 
-SHIPPED = "ssdu_r4.safetensors"  # in msmri/weights
+SHIPPED = "ssdu_columns_r4.safetensors"  # in msmri/weights
 REFERENCE = """@article{yaman2020self,
   title = {Self-supervised learning of physics-guided reconstruction neural networks without fully sampled reference
     data},
