@@ -303,7 +303,8 @@ def main() -> None:
                     method = method_for(label, acceleration)
                     state = fingerprint(method, chosen[label][1])
                     key = f"{view} | {group} | {scan} | {acceleration:g} | {label} | {state}"
-                    panel = view != "paper" and acceleration == 4.0 and label in PANEL and number == 1
+                    wanted = view != "paper" and group == "simulated" and label in PANEL  # real scans have owners
+                    panel = wanted and acceleration == 4.0 and number == 1
                     picture = kept.with_suffix(f".{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy")
                     if key not in done or (panel and not picture.exists()):
                         values, image = score(method, one, options.seed)
