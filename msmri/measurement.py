@@ -32,7 +32,11 @@ class Measurement:
     source
         Where each slice came from, such as ``("scan.h5#7",)``.
     target
-        Reference magnitude image (batch, y, x) in file units, for metrics only; no loss and no method reads it.
+        Reference magnitude image (batch, y, x) in file units, for metrics only; no loss and no method reads it. Colour
+        images (batch, 3, y, x).
+    full_scale
+        The brightness, in file units, that priors take for 1, where the kind of file fixes it: 1 for photographs in
+        [-1, 1]. None where it follows from the centre of k-space, see :meth:`working_scale`.
     """
 
     values: KSpace
@@ -42,6 +46,7 @@ class Measurement:
     scale: Tensor | float = 1.0
     source: tuple[str, ...] = ()
     target: Tensor | None = None
+    full_scale: float | None = None
 
     @property
     def operator(self) -> LinearOperator:
@@ -58,7 +63,7 @@ class Measurement:
     def centre_scale(self, *, fraction: float = 20 / 256, quantile: float = 0.99) -> Tensor:
         """Give the brightness (batch, 1, 1, 1) of the image made from the measured centre of k-space alone.
 
-        The scale every msmri prior works in: the 99th percentile of the root-sum-of-squares image of the central
+        The scale that priors of MRI work in: the 99th percentile of the root-sum-of-squares image of the central
         columns (20 of 256, the centre of every MSM mask, whatever else was measured), so that neither the
         acceleration nor anything unmeasured enters it.
         """
@@ -75,6 +80,13 @@ class Measurement:
             centre[block] = values[block]
             scales.append(torch.quantile(root_sum_of_squares(ifft2c(centre)), quantile))
         return torch.stack(scales).clamp_min(torch.finfo(scales[0].dtype).tiny)[:, None, None, None]
+
+    def working_scale(self) -> Tensor:
+        """Give what methods divide ``values`` by, (batch, 1, 1, 1): ``full_scale``, or :meth:`centre_scale` without."""
+        if self.full_scale is None:
+            return self.centre_scale()
+        ones = torch.ones(len(self.values), 1, 1, 1, dtype=self.values.real.dtype, device=self.values.device)
+        return self.full_scale * ones / self.scale
 
     def scaled(self, scale: Tensor) -> "Measurement":
         """Return the same measurement in units of ``scale`` (batch, 1, 1, 1) times the present ones."""

@@ -11,6 +11,7 @@ from msmri.cli.evaluate import evaluate
 from msmri.cli.info import info
 from msmri.cli.mask import mask
 from msmri.cli.recon import recon
+from msmri.cli.sample import sample
 from msmri.cli.train import train
 
 app = typer.Typer(
@@ -21,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, recon, train, coils, mask, evaluate, info):
+for command in (demo, recon, sample, train, coils, mask, evaluate, info):
     app.command()(command)
 
 

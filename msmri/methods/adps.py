@@ -1,7 +1,7 @@
 """Ambient diffusion posterior sampling (A-DPS, A-ALD, A-OS), and DPS, DDNM, DiffPIR with a prior of clean images.
 
 The first three see undersampled training data only and are the rivals of MSM; the others bound them from above. All of
-them divide k-space by ``measurement.centre_scale()``, and their noise levels and steps are in those units.
+them divide k-space by ``measurement.working_scale()``, and their noise levels and steps are in those units.
 """
 
 import time
@@ -157,13 +157,13 @@ class _Learned(ABC):
                 encoding = replace(encoding, maps=encoding.maps[row])
         mask = measurement.mask[row] if len(measurement.mask) > 1 else measurement.mask
         values = Subsample(mask)(measurement.values[row])
-        scale = Measurement(values, mask).centre_scale()
+        units = torch.as_tensor(measurement.scale, device=values.device).expand(len(measurement.values), 1, 1, 1)[row]
+        scale = replace(measurement, values=values, mask=mask, scale=units).working_scale()
         values = values / scale
         if not bool(torch.isfinite(values.abs()).all()):
             raise InputError("k-space holds NaN or infinite values, or nothing at all", path=where)
         given = torch.as_tensor(measurement.noise_std).expand(len(measurement.values), 1, 1, 1)[index]
         noise = float(given / scale.cpu()) or float(estimate_noise_std(values, mask))
-        units = torch.as_tensor(measurement.scale, device=scale.device).expand(len(measurement.values), 1, 1, 1)[row]
         return Slice(values, mask, encoding, max(noise, NOISE_FLOOR), scale * units)
 
     @cached_property

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Generator, Tensor
@@ -17,8 +17,9 @@ from msmri.model.denoiser import Denoiser, VPSchedule
 from msmri.model.partial import BLANK
 from msmri.physics.coils import estimate_noise_std
 from msmri.physics.masks import RandomLines, covering
-from msmri.physics.operators import CoilFourier, Composed, Identity, LinearOperator, Subsample
+from msmri.physics.operators import LinearOperator, Subsample
 from msmri.sampling import schedule
+from msmri.sampling.aggregate import ImagePartial, PartialDenoiser, aggregate, take
 from msmri.sampling.likelihood import gradient_step, project, proximal
 from msmri.sampling.reverse import Step, reverse_diffusion
 from msmri.tensors import KSpace, Mask, Rng, Sigma, normal_like, spawn
@@ -48,90 +49,11 @@ PAPER: Mapping[str, Any] = {
 PRESETS: Mapping[str, Mapping[str, Any]] = {"default": {}, "paper": PAPER}
 
 
-class PartialDenoiser(Protocol):
-    """What MSM learns: an estimate of the clean measurement from a noisy part of it."""
-
-    def __call__(self, state: KSpace, mask: Mask, encoding: LinearOperator, sigma: Sigma) -> KSpace:
-        """Estimate E[clean measurement | state on the mask], on the mask and zero elsewhere.
-
-        ``sigma`` is the std of each real component, (batch, 1, 1 or ky, 1 or kx). It may vary by line: measured lines
-        carry the scanner's noise while those being generated carry the diffusion's. Outside the mask nothing is read.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class ImagePartial:
-    """The partial denoiser around an image denoiser, ``D_S(z, sigma) = S E D(E^H S z, sigma)``. Park et al. 2025.
-
-    What the published weights need. A network with one noise level is told the highest on the mask.
-    """
-
-    denoiser: Denoiser  # E[image | noisy image], such as EpsilonVP around the published network
-
-    def __call__(self, state: KSpace, mask: Mask, encoding: LinearOperator, sigma: Sigma) -> KSpace:
-        """Apply the equation above."""
-        select = Subsample(mask)
-        highest = torch.where(mask, sigma, torch.zeros_like(sigma)).amax((-3, -2, -1), keepdim=True)
-        return select(encoding(self.denoiser.denoise(encoding.adjoint(select(state)), highest)))
-
-
-def aggregate(
-    partial: PartialDenoiser,
-    step: Step,
-    masks: Tensor,
-    encoding: LinearOperator,
-    sigma: Sigma,
-    mode: Literal["parallel", "sequential"] = "parallel",
-    *,
-    rng: Rng | None = None,
-    eta: float | Tensor = 1.0,
-    repeated: LinearOperator | None = None,
-) -> KSpace:
-    """Average partial estimates where their masks overlap: ``W sum_i S_i^T D_{S_i}(z)``. Park et al. 2025, Algorithm 1.
-
-    W = 1 / max(sum_i S_i, 1). Places that no mask reached keep ``step.estimate``.
-
-    Parameters
-    ----------
-    masks
-        Bool (w, batch, 1, 1 or ky, kx).
-    sigma
-        Noise of ``step.state``, (batch or 1, 1, 1 or ky, 1 or kx).
-    mode
-        "parallel": all masks see the same state, as one batch of w times as many samples. "sequential": one after
-        another, each noising what it estimated anew, to the same level, before the next looks at it, by the rule of
-        :func:`reverse_diffusion` with ``rng`` and ``eta``; without ``rng``, or with eta = 0, both modes agree.
-    eta
-        Share of fresh noise; a tensor broadcast against the state may spare lines that are known.
-    repeated
-        ``encoding`` for w copies of the batch one after another, where the caller keeps it; made here without.
-    """
-    w, batch = masks.shape[:2]
-    sigma = sigma.expand(batch, *sigma.shape[-3:])
-    if mode == "parallel":
-        wide = _take(encoding, torch.arange(batch).repeat(w)) if repeated is None else repeated
-        state = step.state.repeat(w, 1, 1, 1)
-        estimates = partial(state, masks.flatten(0, 1), wide, sigma.repeat(w, 1, 1, 1))
-        total = Subsample(masks)(estimates.reshape(w, *step.state.shape)).sum(0)
-    else:
-        state, total = step.state, torch.zeros_like(step.state)
-        fresh = torch.as_tensor(eta, dtype=sigma.dtype, device=sigma.device)
-        for i, mask in enumerate(masks):
-            estimate = Subsample(mask)(partial(state, mask, encoding, sigma))
-            total = total + estimate
-            if i + 1 < w and rng is not None:
-                kept = (1 - fresh.square()).sqrt() * (state - estimate)
-                state = torch.where(mask, estimate + kept + fresh * sigma * normal_like(state, rng), state)
-    count = masks.sum(0)
-    return torch.where(count > 0, total / count.clamp_min(1), step.estimate)
-
-
 @dataclass(frozen=True)
 class MSM:
     """Sample images from the posterior under a prior learned from undersampled measurements. Park et al. 2025.
 
-    Inside, k-space is divided by ``measurement.centre_scale()``; sigmas and weights are in those units. ``preset``
+    Inside, k-space is divided by ``measurement.working_scale()``; sigmas and weights are in those units. ``preset``
     gives the published algorithm ("paper") or this project's ("default", the defaults below).
     """
 
@@ -305,7 +227,7 @@ class MSM:
         likelihood = self.likelihood or ("none" if getattr(partial, "keeps_data", False) else "proximal")
         weight = self.data_weight if isinstance(self.data_weight, (int, float)) else DATA_WEIGHT[likelihood]
         law = RandomLines(self.acceleration)
-        repeated = _take(encoding, torch.arange(batch).repeat(self.masks_per_step))
+        repeated = take(encoding, torch.arange(batch).repeat(self.masks_per_step))
         nothing = torch.zeros((), dtype=torch.bool, device=values.device)
         included = measured if self.include_measured else nothing
 
@@ -390,7 +312,7 @@ class _Problem:
             raise InputError("msm needs coil maps", mend="estimate them first (ESPIRiT)", path=where)
         mask = measurement.mask.expand(len(measurement.values), *measurement.mask.shape[1:])
         values = Subsample(mask)(measurement.values)
-        scale = replace(measurement, values=values, mask=mask).centre_scale()
+        scale = replace(measurement, values=values, mask=mask).working_scale()
         values = values / scale
         if not bool(torch.isfinite(values.abs()).all()):
             where = measurement.source[0] if measurement.source else None
@@ -407,27 +329,7 @@ class _Problem:
         return _Problem(
             self.values[on_device],
             self.mask[on_device],
-            _take(self.encoding, index),
+            take(self.encoding, index),
             self.noise[on_device],
             self.scale[on_device],
         )
-
-
-def _take(operator: LinearOperator, index: Tensor) -> LinearOperator:
-    """Give the operator for the samples at ``index`` of its batch; one that all samples share stays as it is."""
-    if isinstance(operator, Composed):
-        return Composed(_take(operator.outer, index), _take(operator.inner, index))
-    if isinstance(operator, CoilFourier):
-        return replace(operator, maps=_rows(operator.maps, 5, index))
-    if isinstance(operator, Subsample):
-        return replace(operator, mask=_rows(operator.mask, 4, index))
-    if isinstance(operator, Identity) or bool((index == 0).all()):
-        return operator
-    raise InputError(f"msm cannot split a batch of {type(operator).__name__}", mend="give one slice at a time")
-
-
-def _rows(values: Tensor, ndim: int, index: Tensor) -> Tensor:
-    """Take rows of the first of ``ndim`` axes; one row that serves all stays one."""
-    if values.ndim < ndim or values.shape[0] == 1:
-        return values
-    return values[index[:1]] if bool((index == index[0]).all()) else values[index.to(values.device)]

@@ -75,6 +75,10 @@ class Identity(LinearOperator):
         """Return ``y``."""
         return y
 
+    def pseudo_inverse(self, y: Tensor) -> Tensor:
+        """Return ``y``."""
+        return y
+
 
 @dataclass(frozen=True)
 class Subsample(LinearOperator):
@@ -93,6 +97,10 @@ class Subsample(LinearOperator):
     def normal(self, x: Tensor) -> Tensor:
         """Zero everything outside the mask: a selection is its own square."""
         return self(x)
+
+    def pseudo_inverse(self, y: Tensor) -> Tensor:
+        """Zero everything outside the mask: a selection is its own pseudo-inverse."""
+        return self(y)
 
 
 @dataclass(frozen=True)
