@@ -1,6 +1,7 @@
 """Simulate undersampled multi-coil brain scans from magnitude volumes, one mask a slice, for training a prior.
 
     python recipes/simulate_brains.py VOLUMES_FOLDER OUT_FOLDER --split train --subjects 600 --seed 0
+    python recipes/simulate_brains.py VOLUMES_FOLDER OUT_FOLDER --subjects 600 --seed 0 --noise 0.1  # the same, noisier
 
 Every simulated subject gets its own volume, slice orientation, rotation, zoom, contrast curve, matrix, coils, phase,
 noise level and masks, and is measured once: unsampled k-space is never written to the file. The split names decide
@@ -94,9 +95,19 @@ def place(slices: Tensor, rng: Generator, *, augment: bool, finer: float) -> tup
 
 
 def simulate_subject(
-    volumes: Path, split: str, rng: Generator, *, slices: int, augment: bool, finer: float = 0.0
+    volumes: Path,
+    split: str,
+    rng: Generator,
+    *,
+    slices: int,
+    augment: bool,
+    finer: float = 0.0,
+    noise: float | None = None,
 ) -> dict:
-    """Draw one simulated subject: fully sampled k-space (slices, coil, ky, kx), noise level and where it came from."""
+    """Draw one simulated subject: fully sampled k-space (slices, coil, ky, kx), noise level and where it came from.
+
+    ``noise`` is the std of each real component of k-space over the subject's brightest pixel; drawn without it.
+    """
     names = list(SPLITS[split])
     weights = torch.tensor([float(SPLITS[split][name][1]) for name in names])
     name = names[int(torch.multinomial(weights, 1, generator=rng))]
@@ -111,10 +122,12 @@ def simulate_subject(
     n_coils = (4, 6, 8, 8, 10, 12)[int(torch.randint(0, 6, (), generator=rng))]
     maps = coil_maps((magnitude.shape[1], magnitude.shape[2]), n_coils, rng)
     # relative to the 99th percentile of the image, which is 1 to within some per cent here
-    noise = 10 ** uniform(-2.7, -1.5, rng)
-    bright = torch.quantile((magnitude * bias).flatten()[::7], 0.99)
-    kspace, _ = simulate_kspace(magnitude * bias / bright, maps, rng, noise_std=noise, shape=matrix)
-    return {"kspace": kspace, "volume": name, "axis": axis, "noise_std": noise}
+    level = 10 ** uniform(-2.7, -1.5, rng)  # drawn in any case, so that the subject is the same with other noise
+    image = magnitude * bias / torch.quantile((magnitude * bias).flatten()[::7], 0.99)
+    if noise is not None:
+        level = noise * float(image.max())
+    kspace, _ = simulate_kspace(image, maps, rng, noise_std=level, shape=matrix)
+    return {"kspace": kspace, "volume": name, "axis": axis, "noise_std": level}
 
 
 def main() -> None:
@@ -128,6 +141,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="number of the first subject")
     parser.add_argument("--acceleration", type=float, default=4.0)
     parser.add_argument("--finer", type=float, default=0.0, help="share of enlarged subjects in the train split")
+    parser.add_argument("--noise", type=float, help="std of each real component over the image's maximum; else random")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--full", action="store_true", help="write fully sampled scans with their reference (tests)")
     options = parser.parse_args()
@@ -146,6 +160,7 @@ def main() -> None:
             slices=options.slices,
             augment=options.split == "train",
             finer=options.finer,
+            noise=options.noise,
         )
         kspace = subject.pop("kspace")
         attributes = {"acquisition": subject["volume"], "patient_id": f"{options.split}{number}"}

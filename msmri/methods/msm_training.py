@@ -8,7 +8,7 @@ from torch import Generator, Tensor, nn
 
 from msmri.measurement import Measurement
 from msmri.model.denoiser import VPSchedule
-from msmri.tensors import normal_like, spawn
+from msmri.tensors import Mask, normal_like, spawn
 
 
 class Loss(Protocol):
@@ -39,8 +39,8 @@ class NoiselessMSM:
         state = batch.values + sigma * normal_like(batch.values, spawn(rng, n))
         state = torch.where(batch.mask, state, torch.zeros((), dtype=state.dtype, device=state.device))
         error = torch.where(batch.mask, model(state, batch.mask, batch.encoding, sigma) - batch.values, 0)
-        count = batch.mask.expand_as(error.real).flatten(1).sum(1)
-        return (error.abs().square().flatten(1).sum(1) / (2 * count) / sigma.flatten().square()).mean()
+        count = batch.mask.expand_as(error.real).flatten(1).sum(1) * (2 if error.is_complex() else 1)
+        return (error.abs().square().flatten(1).sum(1) / count / sigma.flatten().square()).mean()
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,8 @@ class LinewiseMSM:
     least_noise: float = 1e-3  # floor of the scanner noise level
     logarithm: bool = False  # the logarithm of every item's error
 
-    def __call__(self, model: nn.Module, batch: Measurement, rng: Generator) -> Tensor:
-        """Return the squared error on the diffused lines over its expectation."""
-        values, mask = batch.values, batch.mask
-        n, device = len(values), values.device
+    def hide(self, mask: Mask, n: int, rng: Generator) -> Mask:
+        """Draw the lines (n, 1, 1, kx) of ``mask`` that are diffused."""
         lines = mask.any(-2, keepdim=True)  # (b, 1, 1, kx)
         width = lines.shape[-1]
         centre = torch.zeros(width, dtype=torch.bool)
@@ -79,10 +77,20 @@ class LinewiseMSM:
         share = self.hidden_min + (self.hidden_max - self.hidden_min) * torch.rand(n, 1, 1, 1, generator=rng)
         hidden = (torch.rand(n, 1, 1, width, generator=rng) < share) & ~centre
         hidden |= torch.rand(n, 1, 1, 1, generator=rng) < self.everything
-        hidden = hidden.to(device) & lines
-        low, high = torch.tensor(self.sigma_min).log(), torch.tensor(self.sigma_max).log()
+        return hidden.to(mask.device) & lines
+
+    def draw_sigma(self, n: int, rng: Generator, *, least: Tensor | float = 0.0) -> Tensor:
+        """Draw the noise level (n, 1, 1, 1) of the diffused lines, on the CPU; ``least`` raises the smallest."""
+        low, high = torch.tensor(self.sigma_min).clamp_min(least).log(), torch.tensor(self.sigma_max).log()
         sigma = (low + torch.rand(n, 1, 1, 1, generator=rng) * (high - low)).exp()
-        sigma = torch.where(torch.rand(n, 1, 1, 1, generator=rng) < self.blind, high.exp(), sigma).to(device)
+        return torch.where(torch.rand(n, 1, 1, 1, generator=rng) < self.blind, high.exp(), sigma)
+
+    def __call__(self, model: nn.Module, batch: Measurement, rng: Generator) -> Tensor:
+        """Return the squared error on the diffused lines over its expectation."""
+        values, mask = batch.values, batch.mask
+        n, device = len(values), values.device
+        hidden = self.hide(mask, n, rng)
+        sigma = self.draw_sigma(n, rng).to(device)
         scanner = torch.as_tensor(batch.noise_std, device=device).clamp_min(self.least_noise).expand(n, 1, 1, 1)
         noise = sigma * normal_like(values, spawn(rng, n))
         nothing = torch.zeros((), dtype=values.dtype, device=device)

@@ -21,7 +21,7 @@ class ADMConfig:
 
     image_size: int = 256  # pixels a side in training; only says where ``attention_resolutions`` are, any size runs
     in_channels: int = 2  # real channels
-    out_channels: int = 2  # ``in_channels``, or twice that with a learned variance, which is dropped
+    out_channels: int = 2  # at most ``in_channels``, or twice that with a learned variance, which is dropped
     channels: int = 128  # base width; the time embedding is four times as wide
     blocks_per_level: int = 2  # residual blocks a level going down; one more going up
     channel_mult: tuple[float, ...] = (1, 1, 2, 2, 4, 4)  # width of each level over ``channels``
@@ -32,8 +32,8 @@ class ADMConfig:
     resblock_updown: bool = True  # resample in residual blocks instead of plain convolutions
 
     def __post_init__(self) -> None:
-        if self.out_channels not in (self.in_channels, 2 * self.in_channels):
-            raise ValueError(f"out_channels must be in_channels or twice that, got {self}")
+        if not (1 <= self.out_channels <= self.in_channels or self.out_channels == 2 * self.in_channels):
+            raise ValueError(f"out_channels must be in_channels, twice that, or fewer, got {self}")
         if any(width % GROUPS or width < GROUPS for width in self.widths):
             raise ValueError(f"every level must be a multiple of {GROUPS} channels wide, got {self.widths}")
         for width in {self.widths[-1], *(w for w, has in zip(self.widths, self.attention) if has)}:
@@ -100,7 +100,9 @@ class ADMUNet(nn.Module):
         self.unet = _build(config)
 
     def forward(self, image: Tensor, t: Tensor) -> Tensor:
-        """Apply the network to real images (b, in_channels, y, x) at times t (b,), 0 .. 999; a tensor like the image.
+        """Apply the network to real images (b, in_channels, y, x) at times t (b,) or (b, 1): 0 .. 999 as published.
+
+        The result has as many channels, or ``out_channels`` if they are fewer.
 
         Raises
         ------
@@ -114,7 +116,7 @@ class ADMUNet(nn.Module):
             )
         y, x = image.shape[-2:]
         padded = pad_to_multiple(image, 2 ** (len(self.config.channel_mult) - 1))
-        out = self.unet(padded, t.expand(image.shape[0])).sample
+        out = self.unet(padded, t.flatten().expand(image.shape[0])).sample
         return remove_padding(out[:, : self.config.in_channels], (y, x))
 
 

@@ -407,7 +407,7 @@ def test_laws_by_name():
     assert list(LAWS) == [
         *("random-lines", "equispaced-lines"),
         *("fastmri-random", "fastmri-equispaced", "fastmri-equispaced-fraction", "fastmri-magic"),
-        *("gaussian-lines", "poisson-disc"),
+        *("gaussian-lines", "poisson-disc", "random-tiles", "random-pixels"),
     ]
     assert law_from_name("random-lines", acceleration=6, centre_lines=8) == RandomLines(6, centre_lines=8)
     assert law_from_name("fastmri-magic", acceleration=4, centre_lines=None) == FastMRIMagic(4)
