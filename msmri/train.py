@@ -95,7 +95,7 @@ def train(recipe: dict[str, Any], run: str | Path, *, device: str = "cpu", resum
         averaged = copy.deepcopy(model)
         averaged.load_state_dict(saved["averaged"])
         optimiser.load_state_dict(saved["optimiser"])
-        first, history, spent = saved["step"], saved["history"], saved.get("cpu_seconds", 0.0)
+        first, history, spent = saved["step"], saved["history"], saved.get("cpu_seconds", math.nan)
     else:
         spectrum = getattr(model, "spectrum", None)
         if isinstance(spectrum, Tensor):
@@ -190,7 +190,8 @@ def _save(
         "format": "msmri-partial",
         "recipe": recipe | {"train": asdict(settings)},
         "step": told["step"],
-        "cpu_hours": round(told["cpu_seconds"] / 3600, 3),  # of all threads together, from the first step
+        # of all threads together, from the first step; a run begun before this was recorded does not know
+        **({"cpu_hours": round(told["cpu_seconds"] / 3600, 3)} if math.isfinite(told["cpu_seconds"]) else {}),
         "msmri": __version__,
         "loss": [round(sum(history[i : i + 50]) / len(history[i : i + 50]), 5) for i in range(0, len(history), 50)],
     }
