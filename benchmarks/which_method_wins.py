@@ -230,6 +230,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--views", nargs="*", default=["file units", "paper"])
     parser.add_argument("--refinements", type=int, default=3, help="evaluations after the grid when tuning")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--note", default="", help="what a reader of the page should know about this run")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--fresh", action="store_true", help="forget rows of an earlier run")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "which_method_wins.json")
@@ -453,7 +454,7 @@ def page(record: dict[str, Any], rows: list[dict[str, Any]], figures: list[Path]
         "95 % bootstrap of the paired differences, one slice a scan. NFE: network passes a sample. Error / std: root "
         "mean square error over the root mean square of the predicted spread. Peak MiB: growth of the process while "
         "it ran. A method that reports fewer scans is slow and was run on the first ones only.\n\n"
-        f"{left_out}## In words\n\n{verdicts}\n\n## Training\n\n{trained}\n\n## Means\n\n"
+        f"{options.note}\n\n{left_out}## In words\n\n{verdicts}\n\n## Training\n\n{trained}\n\n## Means\n\n"
         f"{summarise(rows, 'file units', options.seed)}\n\n## PSNR of every slice, dB\n\n"
         f"{every_slice([row for row in rows if row['view'] == 'file units'])}\n"
     )

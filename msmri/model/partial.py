@@ -19,7 +19,7 @@ _TRUST = 16.0  # places that the training data count for in each ring
 _POWER = 0.7  # exponent of the hyper-Laplacian law of image gradients
 _SPARSITY = 5e-4  # its weight against |data misfit|^2, in scaled units
 _SMOOTHING = 0.01  # gradients below this count as noise
-_KEPT_CENTRE = 20 / 256  # share of the axes, around the centre, that is never hidden
+_KEPT_CENTRE = 6 / 256  # share of the axes, around the centre, that is never hidden when networks are judged
 BLANK = 100.0  # noise level, in scaled units, at which a line says nothing
 _USUAL_SIDE = 160  # matrix (root of its area) that the number of iterations for sparse edges is meant for
 _LARGEST_NOISE = 0.02  # above this noise level of the best lines, the weight no longer falls against that of the data
@@ -201,7 +201,7 @@ class MeasurementPartial(nn.Module):
     ) -> Tensor:
         """Find how far the networks can be trusted on one scan, from its measured lines alone: (1, 1, 1, 1) in 0..1.
 
-        The measured lines outside the centre are dealt into ``splits`` groups. Each group in turn is hidden and
+        The measured lines, but for the very centre, are dealt into ``splits`` groups. Each group in turn is hidden and
         estimated from the rest; the gain is the least-squares share of what the networks add that best explains what
         was hidden: cross-validation of the prior on the scan, as zero-shot self-supervision does for training (Yaman
         et al. 2022). Unlike the training data, a scan may be one where the networks do harm; they then count little.

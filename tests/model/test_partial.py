@@ -397,9 +397,9 @@ def test_network_gain_is_the_share_that_explains_hidden_lines(factor, gain, plac
     hidden = mask & (sigma == 100)
     assert bool(everywhere.all()) and len(state) == 4
     times = hidden.sum(0)[0]  # every measured line is hidden once, but for the centre
-    centre = (torch.arange(52) - 26).abs() <= 2
+    centre = (torch.arange(52) - 26).abs() <= 1
     if places:
-        centre = centre[None, :] & ((torch.arange(20) - 10).abs() <= 1)[:, None]
+        centre = centre[None, :] & ((torch.arange(20) - 10).abs() <= 0)[:, None]
     assert torch.equal(times, (mask[0, 0] & ~centre).long())
     assert not bool(state[hidden.expand_as(state)].any()) and bool((sigma[mask & ~hidden] == 0.1).all())
     kept = (mask & ~hidden).expand_as(state)
