@@ -26,7 +26,7 @@ import torch
 from torch import Generator, Tensor
 
 from msmri.io.fastmri import list_scans
-from msmri.io.output import environment, sha256, write_manifest
+from msmri.io.output import atomic, environment, sha256, write_manifest
 from msmri.measurement import Measurement
 from msmri.methods import load_method
 from msmri.methods.tuning import tune
@@ -222,7 +222,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--simulated", nargs="*", default=[])
     parser.add_argument("--validation", nargs="*", default=[], help="fully sampled scans, only to tune on")
     parser.add_argument("--accelerations", nargs="*", type=float, default=[2.0, 4.0, 6.0, 8.0])
-    parser.add_argument("--methods", nargs="*", default=list(ENTRIES), help="labels of rows")
+    parser.add_argument("--methods", nargs="*", default=list(ENTRIES), choices=list(ENTRIES), help="labels of rows")
     parser.add_argument("--weights", nargs="*", default=[], metavar="LABEL=FILE", help="instead of those shipped")
     parser.add_argument("--sizes", nargs="*", type=int, default=[0, 128], help="of real scans; 0: the full matrix")
     parser.add_argument("--crop-to", type=int, default=None, help="of simulated scans")
@@ -262,6 +262,7 @@ def main() -> None:
             continue
         chosen[label] = build(ENTRIES[label], QUICK.get(label, {}) if options.quick else {}, path), path
     record = {"environment": environment(), "seed": options.seed, "left_out": missing}
+    commit = record["environment"].get("commit")  # of the code that computes a row, which may be kept for later runs
     tuned: dict[str, Any] = {}
     pictures: dict[str, tuple[Measurement, dict[str, Tensor]]] = {}
     validation: dict[float, list[Measurement]] = {}
@@ -310,10 +311,11 @@ def main() -> None:
                     if key not in done or (panel and not picture.exists()):
                         values, image = score(method, one, options.seed)
                         about = {"view": view, "group": group, "scan": scan, "nominal_R": acceleration}
-                        about |= {"true_R": float(one.acceleration[0]), "method": label}
+                        about |= {"true_R": float(one.acceleration[0]), "method": label, "commit": commit}
                         done[key] = about | values
                         if panel:
-                            np.save(picture, image.numpy())
+                            with atomic(picture) as part, part.open("wb") as file:
+                                np.save(file, image.numpy())
                         write_manifest(kept, {"rows": done})
                         told = f"{label} {values['psnr']:.2f} dB, {values['seconds']:.1f} s"
                         print(f"{view}, {scan}, R {acceleration:g}: {told}", flush=True)

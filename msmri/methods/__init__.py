@@ -3,7 +3,9 @@
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from msmri.errors import InputError
 from msmri.measurement import Measurement, Reconstruction
 from msmri.physics.operators import CoilFourier, Subsample
+from msmri.sampling.aggregate import ImagePartial, PartialDenoiser
 from msmri.tensors import Image, Maps, Rng
 
 if TYPE_CHECKING:
@@ -95,6 +98,28 @@ def load_method(name: str, **options: Any) -> Reconstructor:
 
 def _origin(entry: EntryPoint) -> str:
     return f"{entry.dist.name} ({entry.value})" if entry.dist is not None else f"msmri ({entry.value})"
+
+
+class FromPrior:
+    """What samples with the partial denoiser that its field ``prior`` gives: a file, a denoiser, or the shipped one."""
+
+    prior: Any
+
+    @cached_property
+    def _loaded(self) -> dict[str, PartialDenoiser]:
+        return {}
+
+    def _partial(self, device: torch.device) -> PartialDenoiser:
+        """Give the prior as a partial denoiser, loaded once a device."""
+        found = self.prior
+        if found is None or isinstance(found, (str, Path)):
+            if (known := self._loaded.get(str(device))) is not None:
+                return known
+            from msmri.model.prior import load_prior
+
+            found = load_prior(found, device=str(device))
+        self._loaded[str(device)] = ImagePartial(found) if hasattr(found, "denoise") else found
+        return self._loaded[str(device)]
 
 
 def combine_sets(image: Image) -> Tensor:

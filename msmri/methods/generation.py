@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -10,11 +9,12 @@ import torch
 from torch import Generator, Tensor
 
 from msmri.errors import InputError
+from msmri.methods import FromPrior
 from msmri.model.denoiser import Denoiser, VPSchedule
 from msmri.physics.masks import MaskLaw, RandomLines, blind_spots, covering
 from msmri.physics.operators import LinearOperator
 from msmri.sampling import schedule
-from msmri.sampling.aggregate import ImagePartial, PartialDenoiser, aggregate, take
+from msmri.sampling.aggregate import PartialDenoiser, aggregate, take
 from msmri.sampling.reverse import Step, reverse_diffusion
 from msmri.tensors import Image, KSpace, Rng, normal_like
 
@@ -38,7 +38,7 @@ CHOICES: Mapping[str, tuple[str | None, ...]] = {
 
 
 @dataclass(frozen=True)
-class Generation:
+class Generation(FromPrior):
     """Draw images from the law that a partial denoiser has learned. Park et al. 2025, Algorithm 1.
 
     The diffusion runs in the space of full measurements, from pure noise: all lines carry the same noise at every
@@ -200,19 +200,3 @@ class Generation:
         if len(sigmas) == 0:
             raise InputError("generation: no level of schedule 'vp' is between sigma_min and sigma_max", mend="widen")
         return sigmas
-
-    @cached_property
-    def _loaded(self) -> "dict[str, PartialDenoiser]":
-        return {}
-
-    def _partial(self, device: torch.device) -> PartialDenoiser:
-        """Give the prior as a partial denoiser, loaded once a device."""
-        found: Any = self.prior
-        if found is None or isinstance(found, (str, Path)):
-            if (known := self._loaded.get(str(device))) is not None:
-                return known
-            from msmri.model.prior import load_prior
-
-            found = load_prior(found, device=str(device))
-        self._loaded[str(device)] = ImagePartial(found) if hasattr(found, "denoise") else found
-        return self._loaded[str(device)]

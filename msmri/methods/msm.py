@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -12,14 +11,14 @@ from torch import Generator, Tensor
 
 from msmri.errors import InputError
 from msmri.measurement import Measurement, Reconstruction
-from msmri.methods import combine_sets
+from msmri.methods import FromPrior, combine_sets
 from msmri.model.denoiser import Denoiser, VPSchedule
 from msmri.model.partial import BLANK
 from msmri.physics.coils import estimate_noise_std
 from msmri.physics.masks import RandomLines, covering
 from msmri.physics.operators import LinearOperator, Subsample
 from msmri.sampling import schedule
-from msmri.sampling.aggregate import ImagePartial, PartialDenoiser, aggregate, take
+from msmri.sampling.aggregate import PartialDenoiser, aggregate, take
 from msmri.sampling.likelihood import gradient_step, project, proximal
 from msmri.sampling.reverse import Step, reverse_diffusion
 from msmri.tensors import KSpace, Mask, Rng, Sigma, normal_like, spawn
@@ -50,7 +49,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {"default": {}, "paper": PAPER}
 
 
 @dataclass(frozen=True)
-class MSM:
+class MSM(FromPrior):
     """Sample images from the posterior under a prior learned from undersampled measurements. Park et al. 2025.
 
     Inside, k-space is divided by ``measurement.working_scale()``; sigmas and weights are in those units. ``preset``
@@ -155,23 +154,6 @@ class MSM:
         """
         for _, step in self._run(_Problem.of(measurement), rng):
             yield step
-
-    @cached_property
-    def _loaded(self) -> "dict[str, PartialDenoiser]":
-        return {}
-
-    def _partial(self, device: torch.device) -> PartialDenoiser:
-        """Give the prior as a partial denoiser, loaded once a device."""
-        found: Any = self.prior
-        if found is None or isinstance(found, (str, Path)):
-            if (known := self._loaded.get(str(device))) is not None:
-                return known
-            from msmri.model.prior import load_prior
-
-            found = load_prior(found, device=str(device))
-        partial: PartialDenoiser = ImagePartial(found) if hasattr(found, "denoise") else found
-        self._loaded[str(device)] = partial
-        return partial
 
     def _gains(self, prior: PartialDenoiser, problem: "_Problem", rng: Rng) -> Tensor | None:
         """Ask the prior how far its networks can be trusted on each slice: (slices, 1, 1, 1)."""

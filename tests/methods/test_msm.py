@@ -7,11 +7,12 @@ from torch import Tensor
 from msmri.errors import InputError
 from msmri.measurement import Measurement
 from msmri.methods import load_method
-from msmri.methods.msm import MSM, ImagePartial, aggregate
+from msmri.methods.msm import MSM
 from msmri.model.denoiser import ComplexChannels, EpsilonVP, GaussianDenoiser, VPSchedule
 from msmri.physics.masks import RandomLines
 from msmri.physics.operators import CoilFourier, Identity, Subsample
 from msmri.physics.solve import conjugate_gradient
+from msmri.sampling.aggregate import ImagePartial, aggregate
 from msmri.sampling.likelihood import project, proximal
 from msmri.sampling.reverse import Step, reverse_diffusion
 from msmri.sampling.schedule import ancestral, karras

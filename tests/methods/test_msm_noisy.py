@@ -8,13 +8,13 @@ from torch import nn
 
 from msmri.errors import InputError
 from msmri.measurement import Measurement
-from msmri.methods.msm import ImagePartial
 from msmri.methods.msm_noisy import NoisyLinewiseMSM, NoisyMSM, measured_components, noise_level, sure
 from msmri.methods.msm_training import LinewiseMSM, NoiselessMSM
 from msmri.model.denoiser import VPSchedule
 from msmri.model.partial import MeasurementPartial
 from msmri.model.unet import UNet
 from msmri.physics.operators import CoilFourier, Identity, Subsample
+from msmri.sampling.aggregate import ImagePartial
 from msmri.tensors import generators, normal_like
 from msmri.testing import phantom_measurement
 
