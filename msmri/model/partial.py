@@ -22,6 +22,7 @@ _SMOOTHING = 0.01  # gradients below this count as noise
 _KEPT_CENTRE = 6 / 256  # share of the axes, around the centre, that is never hidden when networks are judged
 BLANK = 100.0  # noise level, in scaled units, at which a line says nothing
 _USUAL_SIDE = 160  # matrix (root of its area) that the number of iterations for sparse edges is meant for
+_FOLLOWING = (2, 8)  # reweightings and iterations of sparse edges that begin at those of the step before
 _LARGEST_NOISE = 0.02  # above this noise level of the best lines, the weight no longer falls against that of the data
 
 
@@ -156,7 +157,17 @@ class MeasurementPartial(nn.Module):
         right = encoding.adjoint(weight * state)
         return self.solve(right, encoding, weight, 1 / variance, iterations=self.wiener_iterations)
 
-    def sharpen(self, image: Image, state: KSpace, encoding: LinearOperator, weight: Tensor, lowest: Tensor) -> Image:
+    def sharpen(
+        self,
+        image: Image,
+        state: KSpace,
+        encoding: LinearOperator,
+        weight: Tensor,
+        lowest: Tensor,
+        *,
+        reweightings: int,
+        iterations: int,
+    ) -> Image:
         """Find the image of sparse edges: ``argmin_x |weight^1/2 (E x - s)|^2 / 2 + lambda / p |grad x|^p``, p = 0.7.
 
         By iteratively reweighted least squares from ``image`` (Krishnan and Fergus 2009 for the law of gradients,
@@ -169,8 +180,8 @@ class MeasurementPartial(nn.Module):
         floor = encoding.kspace_weight(weight) + 0.1 * weight.amax((-3, -2, -1), keepdim=True)
         right = encoding.adjoint(weight * state)
         side = math.sqrt(image.shape[-2] * image.shape[-1])
-        iterations = round(self.reweighted_iterations * max(1.0, side / _USUAL_SIDE))
-        for _ in range(self.reweightings):
+        iterations = round(iterations * max(1.0, side / _USUAL_SIDE))
+        for _ in range(reweightings):
             edges = image_gradient(image).abs().square().sum(0).sum(-3, keepdim=True)
             pull = strength * (edges + _SMOOTHING**2) ** (_POWER / 2 - 1)
             amplitude = (floor + pull.mean((-2, -1), keepdim=True) * laplace).rsqrt()
@@ -227,17 +238,27 @@ class MeasurementPartial(nn.Module):
         gain = (added.conj() * missing).real.sum() / energy.clamp_min(1e-30)
         return torch.where(energy > 0, gain.clamp(0.0, 1.0), 1.0).reshape(1, 1, 1, 1)
 
-    def estimates(self, state: KSpace, mask: Mask, encoding: LinearOperator, sigma: Sigma) -> tuple[Image, Image]:
-        """Estimate the clean image without the networks, and with them, both (b, set, y, x)."""
+    def estimates(
+        self, state: KSpace, mask: Mask, encoding: LinearOperator, sigma: Sigma, start: Image | None = None
+    ) -> tuple[Image, Image]:
+        """Estimate the clean image without the networks, and with them, both (b, set, y, x).
+
+        ``start`` is the image without the networks of a state much like this one: sparse edges then begin there and
+        need a few iterations only. Without sparse edges (``reweightings = 0``) it is not read.
+        """
         sigma = sigma.to(state.real.dtype).expand(len(state), *sigma.shape[1:])
         mask, sigma = torch.broadcast_tensors(mask, sigma)
         state = torch.where(mask, state, torch.zeros((), dtype=state.dtype, device=state.device))
         weight = torch.where(mask, sigma.square().reciprocal(), 0.0)
         with torch.no_grad():
             variance = self.scan_variance(state, mask, sigma)
-            first = self.wiener(state, weight, encoding, variance)
             lowest = torch.where(mask, sigma, torch.inf).amin((-3, -2, -1))
-            first = self.sharpen(first, state, encoding, weight, lowest)
+            if start is None or self.reweightings == 0:
+                start, often, iterations = None, self.reweightings, self.reweighted_iterations
+            else:
+                often, iterations = _FOLLOWING
+            first = self.wiener(state, weight, encoding, variance) if start is None else start
+            first = self.sharpen(first, state, encoding, weight, lowest, reweightings=often, iterations=iterations)
             # expected error if every place were estimated by itself: the scale of what the network may change
             alone = torch.where(mask, variance * sigma.square() / (variance + sigma.square()), variance)
             scale = alone.mean((-2, -1), keepdim=True).sqrt()
@@ -262,9 +283,46 @@ class MeasurementPartial(nn.Module):
             image = image + self.solve(residual, encoding, weight, precision, iterations=self.consistency_iterations)
         return first, image
 
+    def following(self, gain: Tensor | None = None) -> "Following":
+        """Give this prior for one run of sampling, in which each estimate begins where the last one ended."""
+        return Following(self, gain)
+
     def forward(
         self, state: KSpace, mask: Mask, encoding: LinearOperator, sigma: Sigma, gain: Tensor | None = None
     ) -> KSpace:
         """Estimate the clean measurement ``D_S(s, sigma)`` on the mask, zero elsewhere; ``gain`` as in estimate."""
         measured = encoding(self.estimate(state, mask, encoding, sigma, gain))
+        return torch.where(mask, measured, torch.zeros((), dtype=measured.dtype, device=measured.device))
+
+
+class Following:
+    """A prior in one run of sampling, whose sparse edges begin where they ended at the step before.
+
+    From one noise level to the next the state changes little, and so do the edges, so that few iterations will do.
+    Every run needs one of its own (:meth:`MeasurementPartial.following`).
+
+    Parameters
+    ----------
+    prior
+        What estimates.
+    gain
+        (batch, 1, 1, 1), what networks count, for one batch or several batches in a row; all without it.
+    """
+
+    keeps_data = True
+
+    def __init__(self, prior: MeasurementPartial, gain: Tensor | None = None) -> None:
+        self.prior, self.gain = prior, gain
+        self.first: Image | None = None
+
+    def __call__(self, state: KSpace, mask: Mask, encoding: LinearOperator, sigma: Sigma) -> KSpace:
+        """Estimate the clean measurement on the mask, zero elsewhere, as the prior does."""
+        start = self.first
+        if start is not None and len(start) != len(state):  # the masks of a step begin at what they have in common
+            start = start.repeat(len(state) // len(start), 1, 1, 1) if len(state) % len(start) == 0 else None
+        self.first, last = self.prior.estimates(state, mask, encoding, sigma, start)
+        if self.gain is not None:
+            gain = self.gain.repeat(len(state) // len(self.gain), 1, 1, 1)
+            last = self.first + gain * (last - self.first)
+        measured = encoding(last)
         return torch.where(mask, measured, torch.zeros((), dtype=measured.dtype, device=measured.device))

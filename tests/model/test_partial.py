@@ -306,7 +306,6 @@ def test_divergence_is_the_adjoint_of_the_gradient(shape):
 @pytest.mark.parametrize("level", [0.004, 0.1])
 def test_sharpening_ends_where_the_gradient_of_its_objective_is_zero(shape, sets, level):
     model = partial()
-    model.reweightings, model.reweighted_iterations = 150, 60
     coils, mask = encoding(shape, sets=sets), lines(shape[1])
     sigma = torch.full((1, 1, 1, shape[1]), 3 * level, dtype=torch.float64)
     sigma[lines(shape[1], seed=7) & mask] = level
@@ -316,7 +315,8 @@ def test_sharpening_ends_where_the_gradient_of_its_objective_is_zero(shape, sets
     weight = torch.where(mask, 1 / sigma.square(), 0.0)
     lowest = torch.tensor([level], dtype=torch.float64)
     start = model.wiener(state, weight, coils, model.scan_variance(state, mask, sigma))
-    x = model.sharpen(start, state, coils, weight, lowest).requires_grad_(True)
+    often = {"reweightings": 150, "iterations": 60}
+    x = model.sharpen(start, state, coils, weight, lowest, **often).requires_grad_(True)
 
     def objective(x):
         misfit = (weight * (coils(x) - state).abs().square()).sum() / 2
@@ -344,6 +344,85 @@ def test_sharp_edges_survive_undersampling_better():
     sharp.reweightings = 8
     errors = [float((model.estimate(state, mask, coils, sigma) - clean).norm()) for model in (smooth, sharp)]
     assert errors[1] < 0.5 * errors[0]
+
+
+def following_case(model, batch=1):
+    """Give the arguments of two estimates in a row: unmeasured lines at a high noise level, then at one half of it."""
+    shape = (24, 20)
+    coils, mask = encoding(shape, batch=batch), lines(20, share=0.4)
+    clean = torch.zeros(batch, 1, *shape, dtype=torch.complex128)
+    clean[..., 5:18, 4:15] = 1
+    clean[..., 9:13, 7:11] = 0.4 + 0.3j
+    clean[-1] *= 0.7
+    everywhere = torch.ones_like(mask)
+    noise = normal(batch, 3, *shape, seed=4)
+    runs = []
+    for level in (0.2, 0.1):
+        sigma = torch.where(mask, 0.01, torch.tensor(level, dtype=torch.float64)).expand(batch, 1, 1, 20)
+        runs.append((coils(clean) + sigma * noise, everywhere.expand(batch, 1, 1, 20), coils, sigma))
+    return clean, runs
+
+
+def edgy(network=None, **settings):
+    model = MeasurementPartial(network or Zeros(), torch.linspace(3.0, -6.0, 48).exp(), **settings).double()
+    model.reweightings, model.reweighted_iterations = 12, 20
+    return model
+
+
+def test_following_begins_where_the_step_before_ended():
+    model = edgy()
+    clean, (early, late) = following_case(model)
+    follow = model.following()
+    close(follow(*early), model(*early), 1e-12)  # nothing to begin from: the whole estimate
+    begun, _ = model.estimates(*early)
+    fast, slow = follow(*late), model(*late)
+    close(fast, late[2](model.estimates(*late, begun)[1]), 1e-12)
+    close(fast, slow, 0.03)
+    assert float((fast - late[2](clean)).norm()) < 1.05 * float((slow - late[2](clean)).norm())
+    fewer = edgy()  # as few iterations that begin at nothing are far from it
+    fewer.reweightings, fewer.reweighted_iterations, fewer.wiener_iterations = 2, 8, 1
+    assert float((fewer(*late) - slow).norm()) > 2 * float((fast - slow).norm())
+
+
+def test_every_run_follows_itself_alone():
+    model = edgy(Mixing())
+    _, (early, late) = following_case(model, batch=2)
+    together, again = model.following(), model.following()
+    together(*early)
+    found = together(*late)
+    again(*early)
+    assert torch.equal(again(*late), found) and not torch.equal(model(*late), found)
+    for row in (0, 1):  # neighbours in a batch never matter
+        alone = model.following()
+        for run, seen in ((early, None), (late, found)):
+            state, mask, coils, sigma = run
+            one = CoilFourier(coils.maps[row : row + 1])
+            result = alone(state[row : row + 1], mask[:1], one, sigma[:1])
+            if seen is not None:
+                close(result, seen[row : row + 1], 1e-9)
+
+
+def test_following_serves_masks_in_a_row_and_weighs_networks():
+    model = edgy(Mixing())
+    _, (early, late) = following_case(model, batch=2)
+    gain = torch.tensor([0.0, 0.3], dtype=torch.float64).reshape(2, 1, 1, 1)
+    follow = model.following(gain)
+    close(follow(*early), model(*early, gain), 1e-12)
+    state, mask, coils, sigma = late
+    twice = CoilFourier(coils.maps.repeat(2, *[1] * (coils.maps.ndim - 1)))
+    wide = follow(state.repeat(2, 1, 1, 1), mask.repeat(2, 1, 1, 1), twice, sigma.repeat(2, 1, 1, 1))
+    narrow = model.following(gain)
+    narrow(*early)
+    expected = narrow(*late)
+    close(wide[:2], expected, 1e-9)
+    close(wide[2:], expected, 1e-9)
+
+
+def test_following_a_gaussian_prior_is_exact():
+    model = partial(Mixing(), wiener=10, consistency=6)
+    _, (early, late) = following_case(model)
+    follow = model.following()
+    assert torch.equal(follow(*early), model(*early)) and torch.equal(follow(*late), model(*late))
 
 
 def test_each_cascade_has_a_network_of_its_own():
