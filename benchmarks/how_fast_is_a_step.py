@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -30,8 +30,13 @@ import numpy as np
 import torch
 
 from msmri.io.output import environment
+from msmri.measurement import Measurement
 from msmri.methods.msm import MSM
+from msmri.model.adm import ADMConfig, ADMUNet
+from msmri.model.denoiser import ComplexChannels, EpsilonVP
+from msmri.model.partial import MeasurementPartial
 from msmri.model.prior import load_prior, shipped_prior
+from msmri.model.unet import UNet
 from msmri.physics.espirit import espirit
 from msmri.physics.masks import RandomLines, draw_masks
 from msmri.physics.operators import CoilFourier, Subsample
@@ -64,62 +69,104 @@ def row(question: str, ours: float, others: float, target: str, met: bool | None
     return {"question": question, "ours": ours, "other": others, "target": target, "met": met, **more}
 
 
+class _Replay:
+    """What a run of sampling asks of a prior and of its networks, to be asked again without the sampling around it."""
+
+    def __init__(self, method: MSM, measurement: Measurement, prior: Any, networks: Sequence[torch.nn.Module]) -> None:
+        self.passes: list[tuple[Any, tuple[Any, ...]]] = []
+        hooks = [
+            part.register_forward_pre_hook(lambda module, inputs: self.passes.append((module, inputs)))
+            for part in networks
+        ]
+        self.low = getattr(prior, "reduced", False)
+        method(measurement, generators(SEED, 1))
+        for hook in hooks:
+            hook.remove()
+
+    def __call__(self) -> None:
+        precision = torch.autocast("cpu", torch.bfloat16) if self.low else contextlib.nullcontext()
+        with torch.inference_mode(), precision:
+            for network, inputs in self.passes:
+                network(*inputs)
+
+
+class _Told:
+    """A prior that notes what its partial denoiser is asked in every run of sampling, and can be asked it again."""
+
+    def __init__(self, prior: MeasurementPartial) -> None:
+        self.prior = prior
+        self.runs: list[_Run] = []
+
+    def __call__(self, *asked: Any) -> torch.Tensor:
+        raise TypeError("every run of sampling follows itself: call following()")
+
+    def following(self, gain: torch.Tensor | None = None) -> "_Run":
+        self.runs.append(_Run(self.prior.following(gain)))
+        return self.runs[-1]
+
+    def replay(self) -> None:
+        with torch.inference_mode():
+            for run in self.runs:
+                follow = self.prior.following()
+                for asked in run.calls:
+                    follow(*asked)
+
+
+class _Run:
+    """One run of a prior, with the arguments of every call."""
+
+    keeps_data = True
+
+    def __init__(self, partial: Callable[..., torch.Tensor]) -> None:
+        self.partial = partial
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __call__(self, *asked: Any) -> torch.Tensor:
+        self.calls.append(asked)
+        return self.partial(*asked)
+
+
 def sampling(quick: bool) -> list[dict[str, Any]]:
     """Compare posterior sampling with the network passes it makes, replayed with their own inputs."""
     shape, coils, steps, samples = ((48, 40), 4, 2, 1) if quick else ((256, 256), 8, 4, 2)
+    measurement = phantom_measurement(shape, slices=1, coils=coils, seed=SEED)
     trained = shipped_prior().exists()
     if trained:
         prior: Any = load_prior()
     else:
-        from msmri.model.partial import MeasurementPartial
-        from msmri.model.unet import UNet
-
         width = (16, 16) if quick else (48, 80, 112)
         prior = MeasurementPartial(UNet(channels=width, conditions=4), bfloat16=not quick).eval()
-    measurement = phantom_measurement(shape, slices=1, coils=coils, seed=SEED)
-    # every level costs the same, so that four stand for all
-    method = MSM(prior=prior, steps=steps, samples=samples)
-    networks: list[tuple[Any, tuple[Any, ...]]] = []
-    denoisers: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    hooks = [
-        part.register_forward_pre_hook(lambda module, inputs: networks.append((module, inputs)))
-        for part in (prior.network, *prior.later)
-    ]
-    hooks.append(
-        prior.register_forward_pre_hook(
-            lambda module, inputs, named: denoisers.append((inputs, named)), with_kwargs=True
-        )
-    )
-    # what is asked of the prior once a slice, before sampling, is neither a step nor a pass of one
-    method = replace(method, adapt=False)
-    method(measurement, generators(SEED, 1))
-    for hook in hooks:
-        hook.remove()
-    low = getattr(prior, "reduced", False)
-
-    def bare() -> None:
-        precision = torch.autocast("cpu", torch.bfloat16) if low else contextlib.nullcontext()
-        with torch.inference_mode(), precision:
-            for network, inputs in networks:
-                network(*inputs)
-
-    def calls() -> None:
-        with torch.inference_mode():
-            for inputs, named in denoisers:
-                prior(*inputs, **named)
-
-    runs = {"sampling": lambda: method(measurement, generators(SEED, 1)), "networks": bare, "denoisers": calls}
+    # as published, but a quarter as wide, so that what is around the network counts for more
+    narrow = ADMConfig(image_size=256, channels=32 if quick else 64)
+    published = EpsilonVP(ComplexChannels(ADMUNet(narrow))).eval()
+    # every level costs the same, so that few stand for all; what is asked of the prior once a slice, before sampling
+    # (adapt), is neither a step nor a pass of one
+    method = MSM(prior=prior, steps=steps, samples=samples, adapt=False)
+    paper = MSM.preset("paper", prior=published, steps=1 if quick else 2)
+    told: Any = _Told(prior)
+    replace(method, prior=told)(measurement, generators(SEED, 1))
+    ours = _Replay(method, measurement, prior, [prior.network, *prior.later])
+    theirs = _Replay(paper, measurement, published, [published.network])
+    runs: dict[str, Callable[[], Any]] = {
+        "default": lambda: method(measurement, generators(SEED, 1)),
+        "default denoisers": told.replay,
+        "default networks": ours,
+        "paper": lambda: paper(measurement, generators(SEED, 1)),
+        "paper networks": theirs,
+    }
     seconds = medians(runs, repeats=1 if quick else 3)
-    what = f"posterior sampling, {shape[0]}x{shape[1]}, {coils} coils / "
-    told = {"steps": steps, "samples": samples, "shipped_prior": trained}
-    rows = []
-    for part, name, passes in (
-        ("denoisers", "its bare calls of the partial denoiser", len(denoisers)),
-        ("networks", "its bare U-Net passes (without the Wiener and consistency solves)", len(networks)),
+    size = f"{shape[0]}x{shape[1]}, {coils} coils"
+    rows, calls = [], sum(len(run.calls) for run in told.runs)
+    for preset, part, what, passes in (
+        ("paper", "paper networks", "its bare U-Net passes", len(theirs.passes)),
+        ("default", "default denoisers", "its bare calls of the partial denoiser", calls),
+        ("default", "default networks", "its bare U-Net passes, without any solve", len(ours.passes)),
     ):
-        ratio = seconds["sampling"] / seconds[part]
-        row_of = row(what + name, seconds["sampling"], seconds[part], "<= 1.1", ratio <= 1.1, ratio=ratio, **told)
-        rows.append({**row_of, "passes": passes})
+        ratio = seconds[preset] / seconds[part]
+        question = f"posterior sampling, preset {preset}, {size} / {what}"
+        row_of = row(question, seconds[preset], seconds[part], "<= 1.1", ratio <= 1.1, ratio=ratio)
+        own = method if preset == "default" else paper
+        rows.append({**row_of, "passes": passes, "steps": own.steps, "samples": own.samples, "shipped_prior": trained})
     return rows
 
 

@@ -10,6 +10,7 @@ Writes results/which_method_wins.{json,csv}, figures, and with --markdown a page
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -25,6 +26,8 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from msmri.distances import lpips
+from msmri.errors import InputError
 from msmri.io.fastmri import list_scans
 from msmri.io.output import atomic, environment, sha256, write_manifest
 from msmri.measurement import Measurement
@@ -57,6 +60,11 @@ class Entry:
 
 
 ADPS, ORACLE, SLOW = "adps_r4.safetensors", "oracle.safetensors", {"scans": 4, "accelerations": (4.0, 6.0)}
+AMBIENT = {
+    "samples": 2,
+    "steps": 60,
+    "sigma_max": 1.0,
+}  # trained up to there, mostly
 ENTRIES: dict[str, Entry] = {
     "zero-filled": Entry("zero-filled", NOTHING),
     "cg-sense": Entry("cg-sense", NOTHING),
@@ -64,8 +72,8 @@ ENTRIES: dict[str, Entry] = {
     "tv": Entry("tv", NOTHING),
     "zs-ssdu": Entry("zs-ssdu", ITSELF, {"epochs": 40}, scans=2, accelerations=(4.0,)),
     "a-os": Entry("a-os", KSPACE, weights=ADPS),
-    "a-ald": Entry("a-ald", KSPACE, {"samples": 2, "steps": 60}, ADPS, **SLOW),
-    "a-dps": Entry("a-dps", KSPACE, {"samples": 2, "steps": 60}, ADPS, **SLOW),
+    "a-ald": Entry("a-ald", KSPACE, AMBIENT, ADPS, **SLOW),
+    "a-dps": Entry("a-dps", KSPACE, AMBIENT, ADPS, **SLOW),
     "ssdu": Entry("ssdu", KSPACE, weights="ssdu_r4.safetensors"),
     "ssdu, multi-mask": Entry("ssdu", KSPACE, weights="ssdu_multi_r4.safetensors"),
     "ssdu, columns": Entry("ssdu", KSPACE, weights="ssdu_columns_r4.safetensors"),
@@ -93,7 +101,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "oracle dps": {"steps": 3},
 }
 METRICS = {"psnr": 2, "ssim": 4, "nmse": 4, "object_psnr": 2, "object_ssim": 4, "psnr_one_sample": 2}
-METRICS |= {"error_per_std": 1, "NFE": 0, "seconds": 1, "peak_MiB": 0}
+METRICS |= {"lpips": 4, "error_per_std": 1, "NFE": 0, "seconds": 1, "peak_MiB": 0}
 PANEL = ("zero-filled", "tv", "ssdu, columns", "ssdu", "a-dps", "msm", "oracle ddnm")
 
 
@@ -184,6 +192,8 @@ def score(method: Any, measurement: Measurement, seed: int) -> tuple[dict[str, A
         "peak_MiB": peak.growth,
         "NFE": result.details.get("NFE", 0),
     }
+    with contextlib.suppress(InputError):  # where its weights are
+        row["lpips"] = float(lpips(measurement.target[:1], result.magnitude[:1]))
     if result.std is not None:
         spread = float(result.std.square().mean().sqrt())
         row["error_per_std"] = float(np.sqrt(np.mean((image - target) ** 2))) / max(spread, 1e-30)
@@ -355,7 +365,8 @@ def summarise(rows: list[dict[str, Any]], view: str, seed: int) -> str:
             line |= {"method": label, "learned from": ENTRIES[label].learned_from}
             for name, digits in METRICS.items():
                 found = [row[name] for row in own if name in row]
-                line[name.replace("_", " ")] = f"{np.mean(found):.{digits}f}" if found else ""
+                if found or name != "lpips":  # no column where nobody has it
+                    line[name.replace("_", " ")] = f"{np.mean(found):.{digits}f}" if found else ""
             gain = [ours[row["scan"]]["psnr"] - row["psnr"] for row in own if row["scan"] in ours]
             if gain and label != "msm":
                 mean, low, high = bootstrap_interval(gain, Generator().manual_seed(seed))

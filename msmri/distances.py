@@ -1,4 +1,4 @@
-"""How far apart two sets of images are: Frechet distances on fixed wavelet features, or on Inception's.
+"""How far apart two sets of images are: Frechet distances on fixed wavelet features, or on Inception's; and LPIPS.
 
 The features that need no download are a scattering transform (Bruna and Mallat 2013): mean moduli of oriented wavelets
 at four scales, and of the wavelets of those moduli. First-order means tell blur, noise and the direction of artefacts;
@@ -14,7 +14,7 @@ import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
@@ -29,6 +29,11 @@ HIGHEST = 0.35  # cycles a pixel at the centre of the finest band, which also ho
 FLOOR = 1e-3  # of the mean brightness: what is weaker counts as nothing
 SMALLEST, ENLARGED = 32, 64  # pixels a side of an image, and to what smaller ones are filled up
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+BACKBONES = {  # of LPIPS, by the names of torchvision's files
+    "alex": "alexnet-owt-7be5be79.pth",
+    "vgg": "vgg16-397923af.pth",
+    "squeeze": "squeezenet1_1-b8a52dc0.pth",
+}
 INCEPTION_SITE = "https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0"
 
 
@@ -233,7 +238,7 @@ def scattering_distance(
     return frechet_distance(scattering_features(reference), scattering_features(images), rng=rng)
 
 
-# Inception
+# networks of ImageNet
 
 
 def inception_distances(
@@ -298,6 +303,52 @@ def inception_distances(
         torch.random.manual_seed(seed)
         mean, std = kid.compute()
     return {"fid": float(fid.compute()), "kid": float(mean), "kid_std": float(std)}
+
+
+def lpips(
+    targets: Tensor, images: Tensor, *, backbone: Literal["alex", "vgg", "squeeze"] = "alex", device: str = "cpu"
+) -> Tensor:
+    """Compute the learned perceptual distance of every pair, (n,). Zhang et al. 2018 (LPIPS), by torchmetrics.
+
+    Both magnitudes of a pair are windowed by the maximum of the target and clipped to 0..1; the backbone needs 32
+    pixels a side (64 for some). Nothing is downloaded.
+
+    Parameters
+    ----------
+    targets, images
+        (n, y, x), complex ones by their magnitude; or colour (n, 3, y, x) within 0..1.
+    backbone
+        The network whose features are compared; its ImageNet weights have to be in the torch hub's cache.
+
+    Raises
+    ------
+    InputError
+        If torchmetrics or the backbone's weights are missing; it says how to get them. Or if shapes do not fit.
+    """
+    if targets.shape != images.shape:
+        raise InputError(f"targets {tuple(targets.shape)} and images {tuple(images.shape)} differ in shape")
+    file = BACKBONES[backbone]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / file
+    if not path.is_file():
+        raise InputError(
+            "the weights of LPIPS are not there", mend=f"get https://download.pytorch.org/models/{file}", path=path
+        )
+    try:
+        import torchvision  # noqa: F401  (torchmetrics does not say clearly that it is missing)
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+    except ImportError as error:
+        raise InputError("LPIPS needs torchmetrics and torchvision", mend="pip install 'msmri[scores]'") from error
+    values = [(x.abs() if x.is_complex() else x).detach().float() for x in (targets, images)]
+    if targets.ndim == 3:
+        window = values[0].amax((-2, -1), keepdim=True).clamp_min(1e-12)
+        values = [(x / window)[:, None].expand(-1, 3, -1, -1) for x in values]
+    if values[0].ndim != 4 or values[0].shape[1] != 3:
+        raise InputError(f"{tuple(targets.shape)} are no images", mend="give (n, y, x) or (n, 3, y, x)")
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")  # torchvision tells of its older ways to name weights
+        metric = LearnedPerceptualImagePatchSimilarity(backbone, normalize=True).to(device)
+        pairs = zip(*(x.clamp(0, 1).to(device).split(1) for x in values), strict=True)
+        return torch.stack([metric(one, other) for one, other in pairs]).cpu()
 
 
 def _colours(images: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from msmri.distances import (
     frechet_distance,
     gaussian_distance,
     inception_distances,
+    lpips,
     scattering_distance,
     scattering_features,
     shrunk_covariance,
@@ -224,3 +225,41 @@ def test_missing_weights_are_told_of(tmp_path):
         inception_distances(images[:2], images, network=Pooled())
     with pytest.raises(InputError, match="no images"):
         inception_distances(images[:, None], images, network=Pooled())
+
+
+@pytest.fixture
+def squeezenet(tmp_path, monkeypatch):
+    """Put random weights of LPIPS's smallest backbone where torch looks for them."""
+    torchvision = pytest.importorskip("torchvision")
+    pytest.importorskip("torchmetrics")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        state = torchvision.models.squeezenet1_1(weights=None).state_dict()
+    torch.save(state, tmp_path / "checkpoints" / "squeezenet1_1-b8a52dc0.pth")
+
+
+def test_lpips_is_of_windowed_pairs(squeezenet):
+    from torchmetrics.functional.image import learned_perceptual_image_patch_similarity as reference
+
+    targets = 7 * phantoms(2, 0, 64)
+    images = torch.stack([targets[0], 0.5 * targets[1] + 0.5 * torch.roll(targets[1], 9, -1)])
+    found = lpips(targets, images, backbone="squeeze")
+    assert found.shape == (2,) and abs(float(found[0])) < 1e-6 and float(found[1]) > 1e-4
+    window = targets[1].amax()
+    pair = [(x[1] / window).clamp(0, 1).expand(1, 3, -1, -1) for x in (targets, images)]
+    assert float(found[1]) == pytest.approx(float(reference(*pair, net_type="squeeze", normalize=True)), rel=1e-4)
+    torch.testing.assert_close(lpips(3 * targets, torch.polar(3 * images, images), backbone="squeeze"), found)
+    colours = [(x / x.amax((-2, -1), keepdim=True))[:, None].expand(-1, 3, -1, -1) for x in (targets, targets)]
+    assert float(lpips(colours[0], colours[1].flip(-1), backbone="squeeze").min()) > 1e-4
+
+
+def test_lpips_tells_what_is_missing(squeezenet):
+    images = phantoms(2, 0, 64)
+    with pytest.raises(InputError, match=r"alexnet.*not there.*download\.pytorch\.org"):
+        lpips(images, images)
+    with pytest.raises(InputError, match="differ"):
+        lpips(images, images[:1], backbone="squeeze")
+    with pytest.raises(InputError, match="no images"):
+        lpips(images[:, None], images[:, None], backbone="squeeze")
