@@ -12,6 +12,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from msmri.report import markdown_table
 from msmri.tensors import generators
 
 ONE_STEP = {"steps": 1, "samples": 1, "sigma_max": 100.0, "masks_per_step": 1, "acceleration": 1.0}
-VARIANTS: dict[str, dict] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "networks as trained, not weighed on the scan": {"adapt": False},
     "one step from blank (no sampling)": ONE_STEP,
@@ -48,14 +49,16 @@ VARIANTS: dict[str, dict] = {
     "from sigma 3": {"sigma_max": 3.0},
     "from sigma 0.1": {"sigma_max": 0.1},
     "deterministic (eta 0)": {"eta": 0.0},
-    "proximal data correction as well": {"likelihood": "proximal"},
+    "no data correction (exact spread)": {"likelihood": "none"},
+    "data correction of weight 10": {"data_weight": 10.0},
+    "edges of every step from scratch": {"prior": {"following": None}},
     "independent masks": {"covering": False},
     "8 samples": {"samples": 8, "batch": 8},
 }
 
 
 @contextlib.contextmanager
-def changed(prior: nn.Module, *, networks: bool = True, **attributes: int) -> Iterator[None]:
+def changed(prior: nn.Module, *, networks: bool = True, **attributes: Any) -> Iterator[None]:
     """Change attributes of a prior for a while, or let its networks add nothing."""
     before = {name: getattr(prior, name) for name in attributes}
     hooks = []

@@ -23,8 +23,9 @@ class Measurement:
     mask
         Bool (batch, 1, 1 or ky, kx); belongs to the slice and never changes.
     encoding
-        Image to full measurement: ``CoilFourier(maps)`` for MRI, ``Identity()`` for photographs; None until the
-        coil maps have been estimated.
+        Image to full measurement: ``CoilFourier(maps)`` for MRI, ``Identity()`` for photographs, or what degraded them
+        (:mod:`msmri.physics.restoration`), ``values`` and ``mask`` then having its shape; None until the coil maps have
+        been estimated.
     noise_std
         Standard deviation of each real component of ``values``; 0 where unknown.
     scale
@@ -101,7 +102,8 @@ class Reconstruction:
     Parameters
     ----------
     samples
-        Complex (batch, sample, y, x) in the file's units; one sample for a point estimate.
+        Complex (batch, sample, y, x) in the file's units; one sample for a point estimate. Images of colours are real,
+        (batch, sample, 3, y, x), and have a sign in place of a phase.
     details
         Numbers a method wants to report beside its images: NFE, iterations, regularisation weight.
     """
@@ -111,15 +113,17 @@ class Reconstruction:
 
     @property
     def image(self) -> Tensor:
-        """Complex mean over samples (batch, y, x)."""
+        """Mean over samples: complex (batch, y, x), or colours (batch, 3, y, x)."""
         return self.samples.mean(1)
 
     @property
     def magnitude(self) -> Tensor:
-        """Magnitude of the mean (batch, y, x)."""
-        return self.image.abs()
+        """Magnitude of the mean (batch, y, x); the mean itself where it is real."""
+        return self.image.abs() if self.image.is_complex() else self.image
 
     @property
     def std(self) -> Tensor | None:
-        """Standard deviation of the magnitude over samples (batch, y, x); None for a single sample."""
-        return self.samples.abs().std(1) if self.samples.shape[1] > 1 else None
+        """Standard deviation of the magnitude, or of colours, over samples (batch, y, x); None for a single sample."""
+        if self.samples.shape[1] == 1:
+            return None
+        return (self.samples.abs() if self.samples.is_complex() else self.samples).std(1)

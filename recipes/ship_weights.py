@@ -14,7 +14,7 @@ import torch
 
 from msmri.model.checkpoint import load_checkpoint, save_checkpoint
 
-DATA = {
+BRAINS = {
     "colin27_t1": "Colin27 (Holmes et al. 1998), Debian mricron-data; BSD-3-Clause as stated there",
     "s02_t1gd": "niivue/niivue-demo-images MR_Gd; BSD-2-Clause",
     "s03_t2": "niivue/niivue-demo-images M2208_T2w; BSD-2-Clause",
@@ -23,6 +23,18 @@ DATA = {
     "s08_t1, s08_t2, s08_flair": "neurolabusc/VolumeRenderingData stroke; MIT",
     "ixi_012_t1, ixi_015_t1": "IXI, brain-development.org; CC BY-SA 3.0",
 }
+FACES = {"fairface": "FairFace (Karkkainen and Joo 2021), 3,600 of its training images at 64 pixels; CC BY 4.0"}
+SHARE_ALIKE = "MIT, except that IXI's share-alike terms (CC BY-SA 3.0) may apply to what derives from it"
+# by kind of training data: what it was made from, how, and the licence of the weights
+KINDS = {
+    "undersampled": (
+        BRAINS,
+        "k-space simulated from these volumes by recipes/simulate_brains.py, undersampled once at R = 4",
+        SHARE_ALIKE,
+    ),
+    "full": (BRAINS, "fully sampled k-space simulated from these volumes by recipes/simulate_brains.py", SHARE_ALIKE),
+    "photos": (FACES, "pixels averaged to the size of the recipe, then degraded as the recipe says", "MIT"),
+}
 
 
 def main() -> None:
@@ -30,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--note", default=None, help="what else to know about how the stages follow each other")
+    parser.add_argument("--kind", choices=KINDS, default="undersampled", help="of the training data")
     parser.add_argument("out", type=Path)
     options = parser.parse_args()
     stages = []
@@ -49,14 +62,15 @@ def main() -> None:
     digest = hashlib.sha256()
     for name in sorted(small):
         digest.update(name.encode() + small[name].contiguous().numpy().tobytes())
+    volumes, how, licence = KINDS[options.kind]
     shipped = {
         "format": header["format"],
         "recipe": stages[-1]["recipe"],
         "stages": stages,
         **({"stages_note": options.note} if options.note else {}),
-        "data": DATA,
-        "data_note": "k-space simulated from these volumes by recipes/simulate_brains.py, undersampled once at R = 4",
-        "weights_licence": "MIT, except that IXI's share-alike terms (CC BY-SA 3.0) may apply to what derives from it",
+        "data": volumes,
+        "data_note": how,
+        "weights_licence": licence,
         "tensors_sha256": digest.hexdigest(),
         "purpose": "demonstration; not for clinical use",
     }

@@ -27,6 +27,9 @@ BUILT_IN: Mapping[str, str] = {
     "cg-sense": "msmri.methods.cg_sense:CGSense",
     "l1-wavelet": "msmri.methods.wavelet:L1Wavelet",
     "tv": "msmri.methods.tv:TotalVariation",
+    "biharmonic": "msmri.methods.images:Biharmonic",
+    "bicubic": "msmri.methods.images:Bicubic",
+    "tv-image": "msmri.methods.images:TVImage",
     "msm": "msmri.methods.msm:MSM",
     "ssdu": "msmri.methods.ssdu:SSDU",
     "zs-ssdu": "msmri.methods.ssdu:ZeroShotSSDU",
@@ -40,7 +43,7 @@ BUILT_IN: Mapping[str, str] = {
 
 
 class Reconstructor(Protocol):
-    """What every method is: a measurement and one generator a slice go in, complex images come out.
+    """What every method is: a measurement and one generator a slice go in, complex images, or real colours, come out.
 
     The built-in ones are frozen dataclasses, so that ``dataclasses.replace(method, weight=...)`` makes a variant, with
     three class attributes: ``name``, ``reference`` (a BibTeX entry) and ``tunable``, which maps each field that
@@ -126,15 +129,11 @@ def combine_sets(image: Image) -> Tensor:
     """Combine the sets of a soft-SENSE image (..., set, y, x) into one complex image (..., y, x).
 
     The magnitude is the root of the sum of squares over the sets and the phase is that of the first set (zero where
-    the first set is exactly zero), so that one set comes back unchanged. Uecker et al. 2014.
-
-    Raises
-    ------
-    InputError
-        If the image is real, which means colour channels and not sets.
+    the first set is exactly zero), so that one set comes back unchanged. Uecker et al. 2014. The channels of a real
+    image are colours and no sets: it comes back as it is, (..., colour, y, x).
     """
     if not image.is_complex():
-        raise InputError("a real image has colour channels, not sets of coil maps", mend="give complex k-space data")
+        return image
     first = image[..., 0, :, :]
     if image.shape[-3] == 1:
         return first

@@ -1,7 +1,7 @@
 """Ambient diffusion posterior sampling (A-DPS, A-ALD, A-OS), and DPS, DDNM, DiffPIR with a prior of clean images.
 
 The first three see undersampled training data only and are the rivals of MSM; the others bound them from above. All of
-them divide k-space by ``measurement.working_scale()``, and their noise levels and steps are in those units.
+them divide what was measured by ``measurement.working_scale()``; their noise levels and steps are in those units.
 """
 
 import time
@@ -23,9 +23,10 @@ from msmri.model.ambient import AmbientDenoiser, FurtherLines, FurtherMask
 from msmri.model.denoiser import Denoiser
 from msmri.physics.coils import estimate_noise_std
 from msmri.physics.masks import MaskLaw, RandomLines
-from msmri.physics.operators import CoilFourier, LinearOperator, Subsample
+from msmri.physics.operators import Identity, LinearOperator, Subsample, selected
 from msmri.physics.solve import conjugate_gradient
 from msmri.sampling import schedule
+from msmri.sampling.aggregate import take
 from msmri.sampling.guided import guided_euler
 from msmri.sampling.likelihood import proximal
 from msmri.sampling.reverse import Step, reverse_diffusion
@@ -77,9 +78,20 @@ class Slice(NamedTuple):
 
     values: KSpace
     mask: Mask
-    encoding: LinearOperator
+    encoding: LinearOperator  # from images to full measurements
+    degradation: LinearOperator  # from those to what values and mask are of; the identity if that is the same
+    encoded: LinearOperator  # both together
     noise: float  # std of each real component of the measured values
     scale: Tensor  # what images are multiplied by to be in the file's units
+
+    @property
+    def operator(self) -> LinearOperator:
+        """From images to the data."""
+        return Subsample(self.mask) @ self.encoded
+
+    def blank(self) -> Image:
+        """Give an image of zeros."""
+        return torch.zeros_like(self.operator.adjoint(self.values))
 
 
 @dataclass(frozen=True)
@@ -150,11 +162,7 @@ class _Learned(ABC):
         if encoding is None:
             raise InputError(f"{self.name} needs coil maps", mend="estimate them first (ESPIRiT)", path=where)
         if len(measurement.values) > 1:
-            if not isinstance(encoding, CoilFourier):
-                kind = type(encoding).__name__
-                raise InputError(f"{self.name} cannot split a batch of {kind}", mend="give one slice at a time")
-            if encoding.maps.ndim == 5 and len(encoding.maps) > 1:
-                encoding = replace(encoding, maps=encoding.maps[row])
+            encoding = take(encoding, torch.tensor([index]))
         mask = measurement.mask[row] if len(measurement.mask) > 1 else measurement.mask
         values = Subsample(mask)(measurement.values[row])
         units = torch.as_tensor(measurement.scale, device=values.device).expand(len(measurement.values), 1, 1, 1)[row]
@@ -163,8 +171,11 @@ class _Learned(ABC):
         if not bool(torch.isfinite(values.abs()).all()):
             raise InputError("k-space holds NaN or infinite values, or nothing at all", path=where)
         given = torch.as_tensor(measurement.noise_std).expand(len(measurement.values), 1, 1, 1)[index]
-        noise = float(given / scale.cpu()) or float(estimate_noise_std(values, mask))
-        return Slice(values, mask, encoding, max(noise, NOISE_FLOOR), scale * units)
+        noise = float(given / scale.cpu())
+        if noise == 0 and measurement.full_scale is None:  # as k-space tells its noise
+            noise = float(estimate_noise_std(values, mask))
+        done, full = encoding.factored()
+        return Slice(values, mask, full, done, encoding, max(noise, NOISE_FLOOR), scale * units)
 
     @cached_property
     def _loaded(self) -> dict[str, Any]:
@@ -222,8 +233,7 @@ class _Sampler(_Learned):
 
     def _noise(self, one: Slice, rng: Rng) -> Image:
         """Draw images of pure noise at the highest level."""
-        like = one.encoding.adjoint(torch.zeros_like(one.values))
-        return self.sigma_max * normal_like(like.expand(len(rng), *like.shape[1:]), rng)
+        return self.sigma_max * normal_like(one.blank().expand(len(rng), -1, -1, -1), rng)
 
 
 @dataclass(frozen=True)
@@ -237,8 +247,10 @@ class ADPS(_Sampler):
 
     likelihood_step: float = 3.0  # l_ss, the step towards the data: to be tuned with the number of steps
     acceleration: float = 4.0  # of the training scans
-    law: MaskLaw | None = None  # of the masks of the training scans; None: random lines of that acceleration
-    further: FurtherMask | None = None  # what training took away from them; None: ``FurtherLines`` of that acceleration
+    law: MaskLaw | None = None  # of the masks of the training data; None: what the weights tell, else random lines of
+    # that acceleration
+    further: FurtherMask | None = None  # what training took away from them; None: what the weights tell, else
+    # ``FurtherLines`` of that acceleration
 
     name: ClassVar[str] = "a-dps"
     reference: ClassVar[str] = AALI
@@ -247,23 +259,22 @@ class ADPS(_Sampler):
     recipe: ClassVar[str] = "adps_small.yaml"
     at: ClassVar[Literal["estimate", "state"]] = "estimate"
 
-    def prior_masks(self, shape: tuple[int, int], rng: Rng) -> Mask:
+    def prior_masks(self, shape: tuple[int, int], rng: Rng, model: AmbientEstimator | None = None) -> Mask:
         """Draw P~ for images of ``shape``, one a generator: (sample, 1, 1 or ky, kx)."""
-        law = RandomLines(self.acceleration) if self.law is None else self.law
-        further = FurtherLines(self.acceleration) if self.further is None else self.further
+        law = self.law or getattr(model, "law", None) or RandomLines(self.acceleration)
+        further = self.further or getattr(model, "further", None) or FurtherLines(self.acceleration)
         return torch.stack([further(law.draw(shape, generator), generator) for generator in rng])
 
     def _sample(self, model: AmbientEstimator, one: Slice, rng: Rng) -> Iterator[Step]:
-        shape = (one.values.shape[-2], one.values.shape[-1])
-        shown = Subsample(self.prior_masks(shape, rng).to(one.values.device))
+        *_, rows, columns = one.encoding(one.blank()).shape
+        shown = Subsample(self.prior_masks((rows, columns), rng, model).to(one.values.device))
         seen = shown @ one.encoding
 
         def denoise(noisy: Image, sigma: float) -> Image:
             return model(seen.normal(noisy), shown.mask, sigma)
 
-        operator = Subsample(one.mask) @ one.encoding
         start, ladder = self._noise(one, rng), self._ladder()
-        return guided_euler(denoise, one.values, operator, start, ladder, step=self.likelihood_step, at=self.at)
+        return guided_euler(denoise, one.values, one.operator, start, ladder, step=self.likelihood_step, at=self.at)
 
 
 @dataclass(frozen=True)
@@ -291,6 +302,8 @@ class AOS(_Learned):
             raise InputError(f"a-os cannot use sigma={self.sigma}", mend="give a positive number")
 
     def _sample(self, model: AmbientEstimator, one: Slice, rng: Rng) -> Iterator[Step]:
+        if not isinstance(one.degradation, Identity):
+            raise InputError(f"{self.name} needs data that are a part of a full measurement", mend="use a-dps")
         aliased = one.encoding.adjoint(one.values)
         with torch.no_grad():
             clean = model(aliased, one.mask, self.sigma)
@@ -310,9 +323,8 @@ class DPS(_Sampler):
     recipe: ClassVar[str] = "oracle_small.yaml"
 
     def _sample(self, model: Denoiser, one: Slice, rng: Rng) -> Iterator[Step]:
-        operator = Subsample(one.mask) @ one.encoding
         start, ladder = self._noise(one, rng), self._ladder()
-        return guided_euler(model.denoise, one.values, operator, start, ladder, step=self.likelihood_step)
+        return guided_euler(model.denoise, one.values, one.operator, start, ladder, step=self.likelihood_step)
 
 
 @dataclass(frozen=True)
@@ -339,12 +351,14 @@ class DDNM(_Sampler):
             )
 
     def _sample(self, model: Denoiser, one: Slice, rng: Rng) -> Iterator[Step]:
-        operator = Subsample(one.mask) @ one.encoding
-        right = operator.adjoint(one.values)
+        operator, known = one.operator, selected(one.mask, one.encoded)
+        right, inverse = operator.adjoint(one.values), getattr(known, "pseudo_inverse", None)
 
         def estimate(step: Step) -> Image:
             with torch.no_grad():
                 clean = model.denoise(step.state, float(step.sigma))
+                if inverse is not None:
+                    return clean + inverse(one.values - known(clean))
                 each = right.expand_as(clean)
                 return conjugate_gradient(operator.normal, each, start=clean, iterations=self.iterations)
 
@@ -380,9 +394,9 @@ class DiffPIR(_Sampler):
             with torch.no_grad():
                 clean = model.denoise(step.state, sigma)
                 rho = self.regularisation * (one.noise / sigma) ** 2
-                full = one.encoding(clean)
-                data = one.values.expand_as(full)
-                return proximal(full, data, one.mask, one.encoding, weight=rho, iterations=self.iterations)[1]
+                full, data = one.encoding(clean), one.values.expand(len(clean), -1, -1, -1)
+                how: Any = {"weight": rho, "iterations": self.iterations, "degradation": one.degradation}
+                return proximal(full, data, one.mask, one.encoding, **how)[1]
 
         start = self._noise(one, rng)
         return reverse_diffusion(estimate, start, self._ladder(), rng=rng, eta=self.zeta**0.5)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -15,8 +16,8 @@ from msmri.methods import FromPrior, combine_sets
 from msmri.model.denoiser import Denoiser, VPSchedule
 from msmri.model.partial import BLANK
 from msmri.physics.coils import estimate_noise_std
-from msmri.physics.masks import RandomLines, covering
-from msmri.physics.operators import LinearOperator, Subsample
+from msmri.physics.masks import MaskLaw, RandomLines, covering
+from msmri.physics.operators import Identity, LinearOperator, Subsample, selected
 from msmri.sampling import schedule
 from msmri.sampling.aggregate import PartialDenoiser, aggregate, take
 from msmri.sampling.likelihood import gradient_step, project, proximal
@@ -29,7 +30,7 @@ REFERENCE = """@inproceedings{park2026measurement,
   booktitle = {International Conference on Learning Representations}, year = {2026}, note = {arXiv:2505.11853}
 }"""
 NOISE_FLOOR = 1e-3  # least std of measured lines, in scaled units: no network was trained below
-DATA_WEIGHT = {"proximal": 10.0, "gradient": 2.0, "none": 0.0}
+DATA_WEIGHT = {"proximal": 3.0, "gradient": 2.0, "none": 0.0}
 PAPER: Mapping[str, Any] = {
     "steps": 200,
     "schedule": "vp",
@@ -45,15 +46,27 @@ PAPER: Mapping[str, Any] = {
     "include_measured": False,
     "samples": 1,
 }
-PRESETS: Mapping[str, Mapping[str, Any]] = {"default": {}, "paper": PAPER}
+PAPER_RESTORATION: Mapping[str, Any] = {**PAPER, "masks_per_step": 2, "data_weight": 1.75, "covering": True}
+RESTORATION: Mapping[str, Any] = {**PAPER_RESTORATION, "steps": 50, "eta": 1.0, "samples": 4}
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "default": {},
+    "paper": PAPER,
+    "restoration": RESTORATION,
+    "paper-restoration": PAPER_RESTORATION,
+}
 
 
 @dataclass(frozen=True)
 class MSM(FromPrior):
     """Sample images from the posterior under a prior learned from undersampled measurements. Park et al. 2025.
 
-    Inside, k-space is divided by ``measurement.working_scale()``; sigmas and weights are in those units. ``preset``
-    gives the published algorithm ("paper") or this project's ("default", the defaults below).
+    Inside, measurements are divided by ``measurement.working_scale()``; sigmas and weights are in those units.
+    ``preset`` gives the published algorithm ("paper", and "paper-restoration" where images themselves are diffused) or
+    this project's ("default", the defaults below, and "restoration").
+
+    What is diffused is the full measurement that the prior knows: all coils' k-space, or the image itself. The data are
+    a part of it, as in scans and inpainting, or any linear map of it that the measurement's encoding tells, as in
+    super-resolution: these enter by ``likelihood`` alone.
     """
 
     prior: str | Path | PartialDenoiser | Denoiser | None = None  # weights file or a denoiser; None: the shipped prior
@@ -63,14 +76,18 @@ class MSM(FromPrior):
     sigma_min: float = 0.01  # lowest noise level before 0; cuts the ladder of schedule "vp"
     schedule: Literal["karras", "vp"] = "karras"  # EDM's ladder (rho 7), or every n-th of the levels trained on
     masks_per_step: int = 1  # w: network passes a step, each on a mask of its own
-    acceleration: float = 4.0  # of the sampling masks (random lines): that of the masks trained on
+    law: MaskLaw | None = None  # of the sampling masks; None: the law of the masks trained on where the prior tells it,
+    # else random lines
+    acceleration: float = 4.0  # of those random lines: that of the masks trained on
     covering: bool = True  # deal the masks of a step so that they reach most lines together; False: independent
-    include_measured: bool = True  # put the measured lines, with their own noise, into every mask
+    include_measured: bool = True  # put the measured lines, with their own noise, into every mask, where data are a
+    # part of what is diffused
     aggregate: Literal["parallel", "sequential"] = "parallel"  # how the masks of a step are run
-    likelihood: Literal["proximal", "gradient", "none"] | None = None  # how estimates are corrected by the data;
-    # None: not at all if the prior keeps to measured lines by itself, as the shipped one, else "proximal"
+    likelihood: Literal["proximal", "gradient", "none"] = "proximal"  # how estimates are corrected by the data; "none"
+    # is exact for a prior that takes measured lines into its masks, but "proximal" has less error, with less spread
     data_weight: float | Literal["noise"] | None = None  # pull of the data: 1 / mu of "proximal", gamma of "gradient";
-    # "noise": mu = (noise_std / sigma)^2; None: 10 and 2
+    # "noise": mu = noise_std^2 (1 / sigma^2 + 1 / signal_std^2); None: 3 and 2
+    signal_std: float = float("inf")  # of what a prior knows beforehand, in "noise": exact for a white Gaussian of that
     iterations: int = 10  # conjugate-gradient steps of "proximal"
     project: bool = False  # remove from each estimate what no image can produce; "proximal" always does
     eta: float = 1.0  # share of fresh noise a step, 0 .. 1
@@ -90,9 +107,7 @@ class MSM(FromPrior):
             if getattr(self, field) < 1:
                 raise InputError(f"msm cannot use {field}={getattr(self, field)}", mend="give 1 or more")
         for field, known in CHOICES.items():
-            if getattr(self, field) not in known and not (
-                field in ("likelihood", "start") and getattr(self, field) is None
-            ):
+            if getattr(self, field) not in known and not (field == "start" and self.start is None):
                 raise InputError(f"msm: unknown {field} '{getattr(self, field)}'", mend=f"one of {', '.join(known)}")
         if not 0 <= self.eta <= 1:
             raise InputError(f"msm cannot use eta={self.eta}", mend="give 0 .. 1")
@@ -106,13 +121,14 @@ class MSM(FromPrior):
             raise InputError("msm cannot use sigma_max=inf with schedule 'karras'", mend="give a number such as 1.0")
         if self.likelihood == "gradient" and self.data_weight == "noise":
             raise InputError("msm: data_weight 'noise' is for likelihood 'proximal'", mend="give a number such as 2")
-        if isinstance(self.data_weight, (int, float)) and not self.data_weight > 0:
-            raise InputError(f"msm cannot use data_weight={self.data_weight}", mend="give a positive number")
+        for field in ("data_weight", "signal_std"):
+            if isinstance(getattr(self, field), (int, float)) and not getattr(self, field) > 0:
+                raise InputError(f"msm cannot use {field}={getattr(self, field)}", mend="give a positive number")
         RandomLines(self.acceleration)
 
     @classmethod
     def preset(cls, name: str = "default", **changes: Any) -> Self:
-        """Make the method called ``name``, "default" or "paper", with the fields in ``changes`` replaced.
+        """Make the method called ``name``, one of ``PRESETS``, with the fields in ``changes`` replaced.
 
         Raises
         ------
@@ -124,7 +140,7 @@ class MSM(FromPrior):
         return cls(**{**PRESETS[name], **changes})
 
     def __call__(self, measurement: Measurement, rng: Rng) -> Reconstruction:
-        """Draw ``samples`` images of every slice: (batch, sample, y, x) in the file's units.
+        """Draw ``samples`` images of every slice: (batch, sample, y, x), real ones with colours, in the file's units.
 
         The result depends on the generator of each slice alone, not on the batch it is in nor on ``batch``.
         """
@@ -136,7 +152,7 @@ class MSM(FromPrior):
             if not step.sigma > 0:
                 images.append(encoding.adjoint(step.estimate))
         stack = torch.cat(images).reshape(len(problem.values), self.samples, *images[0].shape[1:])
-        first = int(self._start(self._partial(problem.values.device)) == "mean")
+        first = int(self._start(self._partial(problem.values.device), problem) == "mean")
         details = {
             "NFE": self.masks_per_step * taken // (len(stack) * self.samples) + first,
             "steps": taken // (len(stack) * self.samples),
@@ -167,8 +183,14 @@ class MSM(FromPrior):
                 gains.append(ask(one.values, one.mask, one.encoding, one.noise, *spawn(generator, 1)))
         return torch.cat(gains)
 
-    def _start(self, partial: PartialDenoiser) -> str:
-        return self.start or ("mean" if getattr(partial, "keeps_data", False) else "warm")
+    def _start(self, partial: PartialDenoiser, problem: "_Problem") -> str:
+        if self.start == "mean" and not problem.part:
+            raise InputError("msm: start 'mean' needs data that are a part of a full measurement", mend="use 'noise'")
+        return self.start or ("mean" if problem.part and getattr(partial, "keeps_data", False) else "warm")
+
+    def _law(self, partial: PartialDenoiser) -> MaskLaw:
+        told = getattr(getattr(partial, "denoiser", partial), "law", None) or getattr(partial, "law", None)
+        return self.law or told or RandomLines(self.acceleration)
 
     def _ladder(self, partial: PartialDenoiser) -> Tensor:
         if self.schedule == "karras":
@@ -192,7 +214,7 @@ class MSM(FromPrior):
         for first in range(0, len(streams), self.batch):
             chosen = slice(first, first + self.batch)
             group = problem.take(index[chosen])
-            partial = prior if gains is None else _Gained(prior, gains[index[chosen].to(gains.device)])
+            partial = _for_one_run(prior, None if gains is None else gains[index[chosen].to(gains.device)])
             with torch.inference_mode():  # not around the yield: the caller's own code is not ours to change
                 run = self._sample(partial, group, streams[chosen])
                 step = next(run, None)
@@ -204,51 +226,65 @@ class MSM(FromPrior):
     def _sample(self, partial: PartialDenoiser, problem: "_Problem", rng: Rng) -> Iterator[Step]:
         """Run one group of samples down the ladder."""
         values, measured, encoding, noise = problem.values, problem.mask, problem.encoding, problem.noise
-        batch, shape = len(values), (values.shape[-2], values.shape[-1])
+        first = problem.blank()
+        batch, shape = len(values), (first.shape[-2], first.shape[-1])
         sigmas = self._ladder(partial)
-        likelihood = self.likelihood or ("none" if getattr(partial, "keeps_data", False) else "proximal")
-        weight = self.data_weight if isinstance(self.data_weight, (int, float)) else DATA_WEIGHT[likelihood]
-        law = RandomLines(self.acceleration)
+        weight = self.data_weight if isinstance(self.data_weight, (int, float)) else DATA_WEIGHT[self.likelihood]
+        law = self._law(partial)
         repeated = take(encoding, torch.arange(batch).repeat(self.masks_per_step))
         nothing = torch.zeros((), dtype=torch.bool, device=values.device)
-        included = measured if self.include_measured else nothing
+        including = self.include_measured and problem.part
+        included = measured if including else nothing
 
         def draw(generator: Generator, known: Mask) -> Tensor:
             if self.covering:
-                include = known if self.include_measured else None
+                include = known if including else None
                 return covering(law, shape, self.masks_per_step, generator, include=include).to(values.device)
             masks = torch.stack([law.draw(shape, generator) for _ in range(self.masks_per_step)])
-            return masks.to(values.device) | (known if self.include_measured else nothing)
+            return masks.to(values.device) | (known if including else nothing)
+
+        def fitted(clean: KSpace, weight: float | Tensor, n: int) -> KSpace:
+            h = problem.degradation
+            return proximal(clean, values, measured, encoding, weight=weight, iterations=n, degradation=h)[0]
 
         def estimate(step: Step) -> KSpace:
             masks = torch.stack([draw(generator, known) for generator, known in zip(rng, measured, strict=True)], 1)
             sigma = step.sigma.reshape(1, 1, 1, 1)
-            if self.include_measured:
+            if including:
                 step = step._replace(state=torch.where(measured, values, step.state))
                 sigma = torch.where(included, noise, sigma)
             streams, fresh = (rng if self.eta > 0 else None), torch.where(included, 0.0, self.eta)
             clean = aggregate(
                 partial, step, masks, encoding, sigma, self.aggregate, rng=streams, eta=fresh, repeated=repeated
             )
-            if self.project and likelihood != "proximal":
+            if self.project and self.likelihood != "proximal":
                 clean = project(clean, encoding)
-            if likelihood == "gradient":  # what no mask reached was corrected when it was estimated
-                mended = gradient_step(clean, values, Subsample(measured), weight)
+            if self.likelihood == "gradient":  # what no mask reached was corrected when it was estimated
+                mended = gradient_step(clean, values, problem.operator, weight)
                 return torch.where(masks.any(0), mended, clean)
-            if likelihood == "proximal":
-                mu = (noise / step.sigma).square() if self.data_weight == "noise" else 1 / weight
-                return proximal(clean, values, measured, encoding, weight=mu, iterations=self.iterations)[0]
+            if self.likelihood == "proximal":
+                if self.data_weight == "noise":
+                    mu = (noise / step.sigma).square() + (noise / self.signal_std).square()
+                    return fitted(clean, mu, self.iterations)
+                return fitted(clean, 1 / weight, self.iterations)
             return clean
 
-        first = torch.zeros_like(values)
-        start = self._start(partial)
+        start = self._start(partial, problem)
         if start == "mean":  # all unmeasured lines blank: at this noise a line says nothing
             first = partial(values, torch.ones_like(measured), encoding, torch.where(measured, noise, BLANK))
         elif start == "warm":  # CG-SENSE
-            first, _ = proximal(first, values, measured, encoding, weight=3e-3, iterations=30)
+            first = fitted(first, 3e-3, 30)
         eta = schedule.ancestral(sigmas, self.eta) if self.renewal == "ancestral" else self.eta
         begin = first + float(sigmas[0]) * normal_like(first, rng)
         yield from reverse_diffusion(estimate, begin, sigmas, rng=rng, eta=eta, first_estimate=first)
+
+
+def _for_one_run(prior: PartialDenoiser, gain: Tensor | None) -> PartialDenoiser:
+    """Give the prior for one run of sampling; one that can lets each estimate begin where the last one ended."""
+    follow = getattr(prior, "following", None)
+    if follow is not None:
+        return follow(gain)
+    return prior if gain is None else _Gained(prior, gain)
 
 
 @dataclass(frozen=True)
@@ -261,6 +297,10 @@ class _Gained:
     @property
     def keeps_data(self) -> bool:
         return getattr(self.prior, "keeps_data", False)
+
+    @property
+    def law(self) -> MaskLaw | None:
+        return getattr(self.prior, "law", None)
 
     def __call__(self, state: KSpace, mask: Mask, encoding: LinearOperator, sigma: Sigma) -> KSpace:
         gain = self.gain.repeat(len(state) // len(self.gain), 1, 1, 1)
@@ -282,13 +322,14 @@ class _Problem:
 
     values: KSpace
     mask: Mask  # one a slice
-    encoding: LinearOperator
+    encoding: LinearOperator  # from images to full measurements, which are diffused
+    degradation: LinearOperator  # from those to what values and mask are of; the identity if that is the same
     noise: Tensor  # std of each real component of measured values, (batch, 1, 1, 1)
     scale: Tensor  # (batch, 1, 1, 1)
 
     @classmethod
     def of(cls, measurement: Measurement) -> "_Problem":
-        """Scale a measurement by its own centre lines and find its noise."""
+        """Scale a measurement by what it tells of its brightness and find its noise."""
         if measurement.encoding is None:
             where = measurement.source[0] if measurement.source else None
             raise InputError("msm needs coil maps", mend="estimate them first (ESPIRiT)", path=where)
@@ -301,9 +342,26 @@ class _Problem:
             raise InputError("k-space holds NaN or infinite values, or nothing at all", path=where)
         noise = torch.as_tensor(measurement.noise_std, dtype=scale.dtype, device=scale.device)
         noise = noise.reshape(-1, 1, 1, 1) / scale
-        if not bool((noise > 0).all()):
+        if measurement.full_scale is None and not bool((noise > 0).all()):  # as k-space tells its noise
             noise = torch.where(noise > 0, noise, estimate_noise_std(values, mask).reshape(-1, 1, 1, 1))
-        return cls(values, mask, measurement.encoding, noise.clamp_min(NOISE_FLOOR), scale)
+        degradation, encoding = measurement.encoding.factored()
+        return cls(values, mask, encoding, degradation, noise.clamp_min(NOISE_FLOOR), scale)
+
+    @property
+    def part(self) -> bool:
+        """Whether the data are a part of what is diffused."""
+        return isinstance(self.degradation, Identity)
+
+    @cached_property
+    def operator(self) -> LinearOperator:
+        """From full measurements to data."""
+        return selected(self.mask, self.degradation)
+
+    def blank(self) -> KSpace:
+        """Give full measurements of zeros."""
+        if self.part:
+            return torch.zeros_like(self.values)
+        return torch.zeros_like(self.degradation.adjoint(self.values))
 
     def take(self, index: Tensor) -> "_Problem":
         """Give the slices at ``index``, in that order."""
@@ -312,6 +370,7 @@ class _Problem:
             self.values[on_device],
             self.mask[on_device],
             take(self.encoding, index),
+            take(self.degradation, index),
             self.noise[on_device],
             self.scale[on_device],
         )

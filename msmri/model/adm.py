@@ -17,7 +17,7 @@ GROUPS = 32  # of every group normalisation in this family
 
 @dataclass(frozen=True)
 class ADMConfig:
-    """The shape of a guided-diffusion (ADM) U-Net. Dhariwal and Nichol 2021, section 3; defaults: MRI at 256 x 256."""
+    """The shape of a guided-diffusion (ADM) U-Net. Dhariwal and Nichol 2021, section 3; as published for 256 x 256."""
 
     image_size: int = 256  # pixels a side in training; only says where ``attention_resolutions`` are, any size runs
     in_channels: int = 2  # real channels
@@ -81,8 +81,8 @@ class ADMConfig:
         )
 
 
-MRI_256 = ADMConfig()
-FFHQ_128 = ADMConfig(image_size=128, in_channels=3, out_channels=3, channel_mult=(1, 1, 2, 3, 4))
+COMPLEX_256 = ADMConfig()  # this and the next: the networks that Park et al. 2025 published
+COLOUR_128 = ADMConfig(image_size=128, in_channels=3, out_channels=3, channel_mult=(1, 1, 2, 3, 4))
 
 
 class ADMUNet(nn.Module):
@@ -94,7 +94,7 @@ class ADMUNet(nn.Module):
         The shape of the network.
     """
 
-    def __init__(self, config: ADMConfig = MRI_256) -> None:
+    def __init__(self, config: ADMConfig = COMPLEX_256) -> None:
         super().__init__()
         self.config = config
         self.unet = _build(config)

@@ -134,7 +134,7 @@ def load_published(
     if in_channels is not None and channels != in_channels:
         raise InputError(
             f"the weights are for {channels} real channels, not {in_channels}",
-            mend="choose weights of the same kind as the data (2 for MRI, 3 for photographs)",
+            mend="choose weights of the same kind as the data (2 for complex images, 3 for colours)",
             path=path,
         )
     door = ComplexChannels(network) if channels == 2 else network

@@ -45,4 +45,17 @@ def load_prior(path: str | Path | None = None, *, device: str = "cpu", **publish
         model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     except RuntimeError as error:
         raise InputError("the weights do not fit the recipe in their header", path=path) from error
+    _tell_law(model, header["recipe"])
     return model.to(device).eval().requires_grad_(False)
+
+
+def _tell_law(model: nn.Module, recipe: dict[str, Any]) -> None:
+    """Write down what the prior was trained on where its recipe says so, for samplers: ``law`` and ``further``.
+
+    ``law`` is that of the masks of its training data, ``further`` what ambient training took away from those.
+    """
+    nodes = {"law": (recipe.get("data") or {}).get("law"), "further": (recipe.get("loss") or {}).get("further")}
+    if isinstance(nodes["law"], dict):
+        for name, node in nodes.items():
+            if isinstance(node, dict):
+                setattr(model, name, build(node))

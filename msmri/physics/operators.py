@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from msmri.tensors import Image, KSpace, Maps, Mask
 
 class LinearOperator(ABC):
     """A complex-linear map between tensors; a new mask or new maps make a new operator."""
+
+    shared: ClassVar[bool] = False  # whether one such operator serves every sample of a batch
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
@@ -36,6 +39,13 @@ class LinearOperator(ABC):
         Without coils each place of measurement space is as much of every place of k-space.
         """
         return weight.mean((-3, -2, -1), keepdim=True)
+
+    def factored(self) -> "tuple[LinearOperator, LinearOperator]":
+        """Write the operator as H E: E the encoding of images that priors know, H what is done to the encoded.
+
+        Priors know images as they are, the identity being E, unless a subclass is such an encoding itself.
+        """
+        return self, Identity()
 
     def __matmul__(self, inner: "LinearOperator") -> "LinearOperator":
         return Composed(self, inner)
@@ -62,10 +72,17 @@ class Composed(LinearOperator):
             return self.inner.weighted_normal(x, self.outer.mask)
         return self.adjoint(self(x))
 
+    def factored(self) -> tuple[LinearOperator, LinearOperator]:
+        """Leave what the inner operator encodes, and put the outer one on top of the rest."""
+        degradation, encoding = self.inner.factored()
+        return (self.outer if isinstance(degradation, Identity) else self.outer @ degradation), encoding
+
 
 @dataclass(frozen=True)
 class Identity(LinearOperator):
     """The encoding of photographs: measurement space is the image itself."""
+
+    shared: ClassVar[bool] = True
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return ``x``."""
@@ -101,6 +118,16 @@ class Subsample(LinearOperator):
     def pseudo_inverse(self, y: Tensor) -> Tensor:
         """Zero everything outside the mask: a selection is its own pseudo-inverse."""
         return self(y)
+
+
+def selected(mask: Mask, operator: LinearOperator) -> LinearOperator:
+    """Give ``Subsample(mask) @ operator`` without what does nothing, an identity or a mask of all places.
+
+    What is left may have a pseudo-inverse, which a composition has not.
+    """
+    if isinstance(operator, Identity):
+        return Subsample(mask)
+    return operator if bool(mask.all()) else Subsample(mask) @ operator
 
 
 @dataclass(frozen=True)
@@ -179,6 +206,10 @@ class CoilFourier(LinearOperator):
     def _mixing(self) -> Tensor:
         n = self.maps.shape[-2] * self.maps.shape[-1]
         return torch.fft.fft2(self.maps[..., 0, :, :, :]).abs().square().sum(-3, keepdim=True) / n**2
+
+    def factored(self) -> tuple[LinearOperator, LinearOperator]:
+        """Give the identity and this: priors of scans know all coils' k-space."""
+        return Identity(), self
 
     def normal(self, x: Image) -> Image:
         """Apply adjoint(forward): the Fourier transform cancels and only the maps remain."""

@@ -7,7 +7,7 @@ by itself, real or complex, so that they serve photographs and coil-combined ima
 
 import math
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Generator, Tensor
@@ -23,6 +23,8 @@ class BlockAverage(LinearOperator):
     """Average blocks of pixels: the measurement of super-resolution."""
 
     factor: int = 4  # pixels along each axis of a block
+
+    shared: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.factor < 1:
@@ -66,6 +68,8 @@ class Blur(LinearOperator):
 
     kernel: Tensor
     cutoff: float = 1e-3
+
+    shared: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.kernel.ndim != 2 or self.kernel.is_complex() or not self.kernel.numel():
@@ -164,6 +168,8 @@ class SignedHadamard(LinearOperator):
 
     signs: Tensor
     rows: Tensor
+
+    shared: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.signs.ndim != 2 or self.rows.ndim != 1 or not len(self.rows):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from msmri.errors import InputError
-from msmri.physics.operators import CoilFourier, Composed, Identity, LinearOperator, Subsample
+from msmri.physics.operators import CoilFourier, Composed, LinearOperator, Subsample
 from msmri.sampling.reverse import Step
 from msmri.tensors import KSpace, Mask, Rng, Sigma, normal_like
 
@@ -102,7 +102,7 @@ def take(operator: LinearOperator, index: Tensor) -> LinearOperator:
         return replace(operator, maps=_rows(operator.maps, 5, index))
     if isinstance(operator, Subsample):
         return replace(operator, mask=_rows(operator.mask, 4, index))
-    if isinstance(operator, Identity) or bool((index == 0).all()):
+    if operator.shared or bool((index == 0).all()):
         return operator
     raise InputError(f"msm cannot split a batch of {type(operator).__name__}", mend="give one slice at a time")
 

@@ -2,13 +2,16 @@
 
 from torch import Tensor
 
-from msmri.physics.operators import LinearOperator, Subsample
+from msmri.physics.operators import Identity, LinearOperator, Subsample
 from msmri.physics.solve import conjugate_gradient
 from msmri.tensors import Image, KSpace, Mask
 
 
 def gradient_step(estimate: KSpace, values: KSpace, operator: LinearOperator, weight: float | Tensor) -> KSpace:
-    """Take one gradient step towards the data: ``z - weight H^H (H z - y)``. Park et al. 2025 (MSM), section 3.
+    """Take one gradient step towards the data: ``z - weight H^+ (H z - y)``. Park et al. 2025 (MSM), section 3.
+
+    H^+ is the pseudo-inverse where the operator has one, as in the authors' code, else the adjoint, as in the paper.
+    For a selection both are the same.
 
     Parameters
     ----------
@@ -17,12 +20,13 @@ def gradient_step(estimate: KSpace, values: KSpace, operator: LinearOperator, we
     values
         Measured data y.
     operator
-        H, from full measurement to data: ``Subsample(mask)`` for MRI.
+        H, from full measurement to data: ``Subsample(mask)``, or a degradation.
     weight
-        Step size. 1 puts the data in place of a selection's estimate; 2, the published value, mirrors the estimate
-        at the data; above 2 it diverges.
+        Step size. 1 puts the data in place of the estimate, with a pseudo-inverse; 2, the published value for scans,
+        mirrors the estimate at the data; above 2 it diverges.
     """
-    return estimate - weight * operator.adjoint(operator(estimate) - values)
+    back = getattr(operator, "pseudo_inverse", operator.adjoint)
+    return estimate - weight * back(operator(estimate) - values)
 
 
 def proximal(
@@ -34,8 +38,9 @@ def proximal(
     weight: float | Tensor,
     iterations: int = 8,
     start: Image | None = None,
+    degradation: LinearOperator | None = None,
 ) -> tuple[KSpace, Image]:
-    """Find the image near an estimate that fits the data: ``argmin ||S E x - y||^2 + weight ||x - E^H z||^2``.
+    """Find the image near an estimate that fits the data: ``argmin ||S H E x - y||^2 + weight ||x - E^H z||^2``.
 
     It knows the coils, which the gradient step does not, so that measured lines correct the others as well. It is the
     posterior mean for an image known as ``E^H z`` up to white noise of std tau if ``weight = (noise_std / tau)^2``.
@@ -52,6 +57,8 @@ def proximal(
         Conjugate-gradient steps.
     start
         First guess of the image; ``E^H z`` without one.
+    degradation
+        H, what is done to the full measurement before S selects of it; nothing without one.
 
     Returns
     -------
@@ -60,7 +67,10 @@ def proximal(
     image
         x, (batch, set, y, x).
     """
-    operator = Subsample(mask) @ encoding
+    if degradation is not None and not isinstance(degradation, Identity):
+        operator = Subsample(mask) @ (degradation @ encoding)
+    else:
+        operator = Subsample(mask) @ encoding
     centre = encoding.adjoint(estimate)
 
     def normal(x: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from msmri.errors import InputError
 from msmri.model.adm import (
-    FFHQ_128,
-    MRI_256,
+    COLOUR_128,
+    COMPLEX_256,
     ADMConfig,
     ADMUNet,
     export_state_dict,
@@ -153,7 +153,7 @@ def test_golden_network():
 @needs_reference
 @pytest.mark.parametrize(
     ("file", "config", "n"),
-    [("fastmri256", MRI_256, 138_284_162), ("ffhq128", FFHQ_128, 105_195_139)],
+    [("fastmri256", COMPLEX_256, 138_284_162), ("ffhq128", COLOUR_128, 105_195_139)],
 )
 def test_full_key_lists_are_accepted(file, config, n):
     shapes = json.loads((REFERENCE / f"published_checkpoint_{file}_keys.json").read_text())
