@@ -88,8 +88,8 @@ ENTRIES: dict[str, Entry] = {
     ),
     "msm": Entry("msm", KSPACE, weights="brain_r4.safetensors", option="prior"),
     "supervised twin of ssdu": Entry("ssdu", CLEAN, weights="supervised_r4.safetensors"),
-    "oracle ddnm": Entry("ddnm", CLEAN, {"samples": 2}, ORACLE, **SLOW),
-    "oracle dps": Entry("dps", CLEAN, {"samples": 2, "steps": 60}, ORACLE, **SLOW),
+    "oracle ddnm": Entry("ddnm", CLEAN, {"samples": 2, "sigma_max": 3.0}, ORACLE, **SLOW),
+    "oracle dps": Entry("dps", CLEAN, {"samples": 2, "steps": 60, "sigma_max": 3.0}, ORACLE, **SLOW),
 }
 QUICK: dict[str, dict[str, Any]] = {
     "zs-ssdu": {"epochs": 1, "splits": 2},
