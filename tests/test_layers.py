@@ -25,6 +25,18 @@ MAY_IMPORT = {
     "train": {"tensors", "measurement", "model", "config"},
     "preparation": {"tensors", "physics", "measurement", "io", "metrics"},
     "pipeline": {"tensors", "physics", "measurement", "io", "metrics", "report", "methods", "preparation"},
+    "diagnostics": {
+        "tensors",
+        "physics",
+        "measurement",
+        "model",
+        "sampling",
+        "io",
+        "metrics",
+        "report",
+        "methods",
+        "preparation",
+    },
 }
 EVERYTHING = {"cli", "testing", "interop"}  # may import all, and nobody may import them
 EXCEPTIONS = {

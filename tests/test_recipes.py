@@ -101,6 +101,7 @@ def test_twins_differ_in_nothing_but_what_they_learn_from():
 PUBLISHED = {  # weights, pixels along each side, learning rate
     "mri256_r4": (138.28e6, 256, 5e-5),
     "mri256_r4_noisy": (138.28e6, 256, 5e-5),
+    "mri256_oracle": (138.28e6, 256, 5e-5),
     "photos128_msm": (105.20e6, 128, 1e-5),
     "photos128_msm_noisy": (105.20e6, 128, 1e-5),
     "photos128_ambient": (105.20e6, 128, 1e-5),

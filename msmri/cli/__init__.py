@@ -6,11 +6,14 @@ import typer
 
 from msmri import __version__
 from msmri.cli.coils import coils
+from msmri.cli.convert import convert_weights
 from msmri.cli.demo import demo
+from msmri.cli.diagnose import diagnose
 from msmri.cli.evaluate import evaluate
 from msmri.cli.info import info
 from msmri.cli.mask import mask
 from msmri.cli.recon import recon
+from msmri.cli.restore import restore
 from msmri.cli.sample import sample
 from msmri.cli.train import train
 
@@ -22,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, recon, sample, train, coils, mask, evaluate, info):
+for command in (demo, recon, sample, restore, train, coils, mask, evaluate, info, diagnose, convert_weights):
     app.command()(command)
 
 

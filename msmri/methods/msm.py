@@ -47,7 +47,16 @@ PAPER: Mapping[str, Any] = {
     "samples": 1,
 }
 PAPER_RESTORATION: Mapping[str, Any] = {**PAPER, "masks_per_step": 2, "data_weight": 1.75, "covering": True}
-RESTORATION: Mapping[str, Any] = {**PAPER_RESTORATION, "steps": 50, "eta": 1.0, "samples": 4}
+RESTORATION: Mapping[str, Any] = {
+    **PAPER_RESTORATION,
+    "steps": 50,
+    "eta": 1.0,
+    "likelihood": "proximal",
+    "data_weight": "noise",
+    "signal_std": 0.5,
+    "relaxation": 1.75,
+    "samples": 4,
+}
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "default": {},
     "paper": PAPER,
@@ -89,6 +98,7 @@ class MSM(FromPrior):
     # "noise": mu = noise_std^2 (1 / sigma^2 + 1 / signal_std^2); None: 3 and 2
     signal_std: float = float("inf")  # of what a prior knows beforehand, in "noise": exact for a white Gaussian of that
     iterations: int = 10  # conjugate-gradient steps of "proximal"
+    relaxation: float = 1.0  # share of the way to its solution; above 1 past it, as "gradient" goes with such a gamma
     project: bool = False  # remove from each estimate what no image can produce; "proximal" always does
     eta: float = 1.0  # share of fresh noise a step, 0 .. 1
     renewal: Literal["ancestral", "constant"] = "ancestral"  # fresh noise by the size of the step, or always eta
@@ -121,7 +131,7 @@ class MSM(FromPrior):
             raise InputError("msm cannot use sigma_max=inf with schedule 'karras'", mend="give a number such as 1.0")
         if self.likelihood == "gradient" and self.data_weight == "noise":
             raise InputError("msm: data_weight 'noise' is for likelihood 'proximal'", mend="give a number such as 2")
-        for field in ("data_weight", "signal_std"):
+        for field in ("data_weight", "signal_std", "relaxation"):
             if isinstance(getattr(self, field), (int, float)) and not getattr(self, field) > 0:
                 raise InputError(f"msm cannot use {field}={getattr(self, field)}", mend="give a positive number")
         RandomLines(self.acceleration)
@@ -263,10 +273,11 @@ class MSM(FromPrior):
                 mended = gradient_step(clean, values, problem.operator, weight)
                 return torch.where(masks.any(0), mended, clean)
             if self.likelihood == "proximal":
+                mu: float | Tensor = 1 / weight
                 if self.data_weight == "noise":
                     mu = (noise / step.sigma).square() + (noise / self.signal_std).square()
-                    return fitted(clean, mu, self.iterations)
-                return fitted(clean, 1 / weight, self.iterations)
+                found = fitted(clean, mu, self.iterations)
+                return found if self.relaxation == 1 else clean + self.relaxation * (found - clean)
             return clean
 
         start = self._start(partial, problem)

@@ -87,7 +87,7 @@ def recursion(measurement, mean, sigmas):
 
 
 EXACT = {"law": RandomTiles(), "sigma_max": 10.0, "sigma_min": 0.01, "data_weight": "noise", "iterations": 30}
-EXACT |= {"signal_std": POWER**0.5}
+EXACT |= {"signal_std": POWER**0.5, "relaxation": 1.0, "schedule": "karras", "renewal": "ancestral"}
 
 
 @pytest.mark.parametrize("name", operators())
@@ -145,6 +145,22 @@ def test_the_published_step_of_size_one_puts_the_data_in_place(name):
     left = Subsample(measurement.mask)(measurement.encoding(found)) - Subsample(measurement.mask)(measurement.values)
     assert float(left.abs().max()) < 1e-4
     assert MSM.preset("paper-restoration").data_weight == 1.75  # the published value
+
+
+def test_past_the_proximal_solution():
+    measurement, prior, _ = problem("blur")
+    method = MSM.preset("restoration", prior=prior, law=RandomTiles(), steps=1, samples=1, iterations=30)
+    assert (method.relaxation, method.data_weight, method.likelihood) == (1.75, "noise", "proximal")
+    (plain,) = replace(method, likelihood="none", data_weight=None).iterate(measurement, generators(0, 1))
+    (exact,) = replace(method, relaxation=1.0).iterate(measurement, generators(0, 1))
+    (past,) = method.iterate(measurement, generators(0, 1))
+    torch.testing.assert_close(past.estimate, plain.estimate + 1.75 * (exact.estimate - plain.estimate))
+    n = SHAPE[0] * SHAPE[1]
+    matrix = measurement.encoding(torch.eye(n).reshape(n, 1, *SHAPE)).flatten(1).mT.double()
+    mu = NOISE**2 * (1 / float(method._ladder(prior)[0]) ** 2 + 1 / 0.5**2)
+    right = measurement.values[0].flatten(1).double() @ matrix + mu * plain.estimate[0].flatten(1)
+    expected = torch.linalg.solve(matrix.mT @ matrix + mu * torch.eye(n), right.mT).mT.reshape(3, *SHAPE)
+    torch.testing.assert_close(exact.estimate[0].double(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_gradient_uses_the_adjoint_where_there_is_no_pseudo_inverse():

@@ -1,0 +1,83 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from msmri.config import build
+from msmri.model.checkpoint import save_checkpoint
+
+ROOT = Path(__file__).parents[1]
+NETWORK = {"use": "msmri.model.unet:UNet", "in_channels": 3, "out_channels": 3, "channels": [8], "blocks_per_level": 1,
+           "conditions": 1, "patch": 2}  # fmt: skip
+IMAGE = {"use": "msmri.model.ambient:ImageDenoiser", "network": NETWORK}
+MODELS = {
+    "faces_msm": {"use": "msmri.model.denoiser_partial:DenoiserPartial", "denoiser": IMAGE},
+    "faces_ambient": {"use": "msmri.model.ambient:AmbientDenoiser", "network": {**NETWORK, "in_channels": 5}},
+}
+LAW = {"use": "msmri.physics.tiles:RandomTiles"}
+FURTHER = {"use": "msmri.physics.tiles:FurtherTiles"}
+
+
+def run(*arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "benchmarks" / "faces.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """A quick run with the weights of MSM and of ambient diffusion, none of the oracle."""
+    folder = tmp_path_factory.mktemp("faces")
+    (folder / "weights").mkdir()
+    for name, node in MODELS.items():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            tensors = {key: value + 0.02 * torch.randn_like(value) for key, value in build(node).state_dict().items()}
+        recipe = {"model": node, "data": {"size": 32, "law": LAW}, "loss": {"further": FURTHER}}
+        header = {"format": "msmri-partial", "recipe": recipe, "step": 7, "cpu_hours": 0.1}
+        save_checkpoint(folder / "weights" / f"{name}.safetensors", tensors, header)
+    more = ["--quick", "--weights", folder / "weights", "--work", folder / "work", "--tasks", "box", "super-resolution"]
+    arguments = [*more, "--out", folder / "faces.json", "--markdown", folder / "page.md"]
+    return folder, arguments, run(*arguments)
+
+
+def test_methods_with_weights_are_compared_and_the_others_named(quick):
+    folder, _, result = quick
+    assert result.returncode == 0, result.stderr
+    record = json.loads((folder / "faces.json").read_text())
+    assert record["left_out"] == ["oracle dps", "oracle ddnm"]
+    assert "oracle ddnm: left out, no weights at faces_oracle.safetensors" in result.stdout
+    found = {
+        task: {row["method"] for row in record["rows"] if row["task"] == task} for task in ("box", "super-resolution")
+    }
+    both = {"input", "tv", "a-dps", "msm", "msm, paper's sampler"}
+    assert found == {"box": both | {"biharmonic"}, "super-resolution": both | {"bicubic"}}
+    assert len(record["rows"]) == 2 * 6 * 3 and {row["set"] for row in record["rows"]} == {"FairFace"}
+    mean = {
+        name: sum(row["psnr"] for row in record["rows"] if row["method"] == name) / 3
+        for name in ("biharmonic", "bicubic")
+    }
+    assert min(mean.values()) > 30  # the waves are smooth
+    assert all(0 < row["psnr"] < 60 and -1 < row["ssim"] <= 1 for row in record["rows"])
+    assert set(record["generation"]) == {"one half of the real faces against the other", "msm", "ambient"}
+    assert record["generation_counts"] == {"real": 12, "drawn": 8} and record["generation"]["msm"]["distance"] > 0
+    assert record["training"]["msm"] == "7 steps, 0.1 CPU hours"
+    page = (folder / "page.md").read_text()
+    assert "## In words" in page and "MSM is" in page and "nan" not in page and "Left out for want of weights" in page
+    for name in ("faces_box.png", "faces_super-resolution.png", "faces_drawn.png"):
+        assert (folder / "images" / name).stat().st_size > 0 and name in page
+    assert (folder / "faces.csv").stat().st_size > 0
+
+
+def test_a_second_run_takes_what_is_done(quick):
+    folder, arguments, first = quick
+    assert " dB\n" in first.stdout and "faces drawn" in first.stdout
+    rows = json.loads((folder / "faces.json").read_text())["rows"]
+    again = run(*arguments)
+    assert again.returncode == 0 and " dB\n" not in again.stdout and "faces drawn" not in again.stdout
+    assert json.loads((folder / "faces.json").read_text())["rows"] == rows
+    assert again.stdout.split("# Faces")[1] == first.stdout.split("# Faces")[1]

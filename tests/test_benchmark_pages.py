@@ -1,0 +1,62 @@
+"""Benchmarks whose full runs are long: what they count, and that pages say what their numbers say."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from msmri.model.adm import ADMUNet
+
+ROOT = Path(__file__).parents[1]
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_diagnostics_is_what_its_numbers_say():
+    say = load("what_do_diagnostics_say")
+    text = say.PAGE.read_text("utf-8")
+    assert say.page(text) == text, "run benchmarks/what_do_diagnostics_say.py --page"
+    for name, (_, _, drawn) in say.RUNS.items():
+        figure = say.IMAGES / f"diagnose_{name}.png"
+        if say.result(name).exists() and drawn:
+            assert figure.stat().st_size < 150_000, figure
+        assert drawn or not figure.exists()
+    with pytest.raises(SystemExit, match="no place for"):
+        say.page(text.replace("<!-- choose-w -->", ""))
+
+
+def test_operations_are_counted_as_by_hand():
+    """Convolutions, linear layers and attention of a small network: two operations a multiplication and addition."""
+    heavy = load("how_heavy_is_full_size")
+    network, size, counted = ADMUNet(heavy.QUICK).eval(), 32, []
+
+    def count(module, inputs, output):
+        if isinstance(module, nn.Conv2d):
+            counted.append(2 * output.numel() * module.in_channels * module.kernel_size[0] * module.kernel_size[1])
+        elif isinstance(module, nn.Linear):
+            counted.append(2 * output.numel() * module.in_features)
+        elif type(module).__name__ == "Attention":  # scores, and their sums of values, at every place
+            places = inputs[0].shape[-2] * inputs[0].shape[-1] if inputs[0].ndim == 4 else inputs[0].shape[1]
+            counted.append(2 * 2 * places**2 * module.inner_dim)
+
+    for module in network.modules():
+        module.register_forward_hook(count)
+    with torch.no_grad():
+        network(torch.zeros(1, 2, size, size), torch.zeros(1))
+    assert heavy.count_operations(heavy.QUICK, size) == pytest.approx(sum(counted), rel=1e-3)
+    told = heavy.arithmetic(10**12, 10**9)
+    assert told["TFLOP_a_reconstruction"] == 600 and told["seconds_a_reconstruction_by_TFLOP_per_second"]["10"] == 60
+    assert told["TFLOP_of_training"] == 6e6 and told["GB_of_weights_float32"] == 4
+
+
+def test_a_step_passes_as_many_images_as_masks():
+    heavy = load("how_heavy_is_full_size")
+    row = heavy.step(heavy.QUICK, 32, 3, 4)
+    assert row["images_through_the_network"] == 3 and row["seconds"] > 0 and 0.1 < row["peak_memory_GB"] < 12
