@@ -23,13 +23,14 @@ import torch
 
 from msmri.io.output import environment, write_manifest
 from msmri.methods.msm import MSM
-from msmri.model.adm import MRI_256, ADMConfig, ADMUNet
+from msmri.model.adm import ADMConfig, ADMUNet
 from msmri.model.denoiser import ComplexChannels, EpsilonVP
 from msmri.tensors import generators
 from msmri.testing import phantom_measurement
 
 RESULT = Path(__file__).parent / "results" / "how_heavy_is_full_size.json"
-QUICK = replace(MRI_256, image_size=32, channels=32, channel_mult=(1, 1, 2), attention_resolutions=(8,))
+PUBLISHED = ADMConfig()  # its defaults are the network of the published MRI weights
+QUICK = replace(PUBLISHED, image_size=32, channels=32, channel_mult=(1, 1, 2), attention_resolutions=(8,))
 STEPS, MASKS, TRAINING_STEPS, BATCH = 200, 3, 1_000_000, 2  # as published
 RATES = (10, 50, 200)  # sustained Tera-operations a second to reckon with
 
@@ -118,7 +119,7 @@ def main() -> None:
     parser.add_argument("--step", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
-    config, size = (QUICK, 32) if options.quick else (MRI_256, 256)
+    config, size = (QUICK, 32) if options.quick else (PUBLISHED, 256)
     if options.step is not None:
         print(json.dumps(step(config, size, options.step, options.coils)))
         return

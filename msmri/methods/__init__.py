@@ -27,9 +27,6 @@ BUILT_IN: Mapping[str, str] = {
     "cg-sense": "msmri.methods.cg_sense:CGSense",
     "l1-wavelet": "msmri.methods.wavelet:L1Wavelet",
     "tv": "msmri.methods.tv:TotalVariation",
-    "biharmonic": "msmri.methods.images:Biharmonic",
-    "bicubic": "msmri.methods.images:Bicubic",
-    "tv-image": "msmri.methods.images:TVImage",
     "msm": "msmri.methods.msm:MSM",
     "ssdu": "msmri.methods.ssdu:SSDU",
     "zs-ssdu": "msmri.methods.ssdu:ZeroShotSSDU",
@@ -39,6 +36,9 @@ BUILT_IN: Mapping[str, str] = {
     "dps": "msmri.methods.adps:DPS",
     "ddnm": "msmri.methods.adps:DDNM",
     "diffpir": "msmri.methods.adps:DiffPIR",
+    "biharmonic": "msmri.methods.images:Biharmonic",
+    "bicubic": "msmri.methods.images:Bicubic",
+    "tv-image": "msmri.methods.images:TVImage",
 }
 
 

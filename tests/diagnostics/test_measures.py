@@ -16,12 +16,14 @@ from msmri.diagnostics.resolution import one_pass
 from msmri.diagnostics.score_variance import aggregated_variance, measure, slope
 from msmri.diagnostics.subjects import Subject, resample, scaled
 from msmri.errors import InputError
+from msmri.io import write_scan
 from msmri.measurement import Measurement
 from msmri.model.denoiser import GaussianDenoiser
 from msmri.model.partial import MeasurementPartial
 from msmri.model.unet import UNet
 from msmri.physics.masks import RandomLines, draw_masks
 from msmri.physics.operators import CoilFourier, Identity
+from msmri.physics.simulate import coil_maps, phantom, simulate_kspace
 from msmri.sampling.aggregate import ImagePartial
 from msmri.sampling.schedule import karras
 from msmri.tensors import generators, normal_like, spawn
@@ -216,6 +218,16 @@ def test_people_are_clean_of_one_field_of_view_and_known_exactly():
     assert float(cut.acceleration) > 2 and torch.equal(subject.measure(small).mask, cut.mask)
     twice = subject.people(3, 16)  # the demo scan has two slices
     assert not torch.allclose(twice[0].target, twice[1].target) and twice[2].source != twice[0].source
+
+
+def test_the_noise_floor_is_taken_off_the_images_of_people(tmp_path):
+    rng, coils, std = torch.Generator().manual_seed(0), 8, 0.1
+    clean = phantom((64, 64), rng)
+    kspace, _ = simulate_kspace(clean[None], coil_maps((64, 64), coils, rng), rng, noise_std=std)
+    write_scan(tmp_path / "noisy.h5", kspace)
+    ((name, found),) = Subject([tmp_path / "noisy.h5"]).magnitudes(1)
+    excess = (found.square() - clean.square())[clean > 0.2].mean()
+    assert name == "noisy.h5#0" and abs(float(excess)) < 0.15 * (2 * coils * std**2)
 
 
 def test_resampling_keeps_brightness_and_finds_its_way_back():

@@ -586,8 +586,12 @@ def test_refused_measurements():
         DPS(prior)(replace(measurement, encoding=None), generators(0, 2))
     with pytest.raises(InputError, match="NaN"):
         DPS(prior)(replace(measurement, values=measurement.values * NAN), generators(0, 2))
+
+    class Unknown(Identity):  # an operator that nobody can take a slice of
+        shared = False
+
     with pytest.raises(InputError, match="one slice"):
-        DPS(prior)(replace(measurement, encoding=Subsample(measurement.mask)), generators(0, 2))
+        DPS(prior)(replace(measurement, encoding=Unknown()), generators(0, 2))
     with pytest.raises(ValueError, match="generators"):
         DPS(prior)(measurement, generators(0, 1))
 

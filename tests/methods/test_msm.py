@@ -350,7 +350,8 @@ def test_starts_from_the_estimate_of_blank_lines(places):
             seen.append((state, mask, sigma.expand(len(state), 1, *mask.shape[-2:])))
             return torch.where(mask, torch.full_like(state, 2.0), 0)
 
-    steps = list(MSM(prior=Spy(), steps=3, samples=1, sigma_max=0.02, likelihood="none").iterate(measurement, generators(0, 1)))
+    method = MSM(prior=Spy(), steps=3, samples=1, sigma_max=0.02, likelihood="none")
+    steps = list(method.iterate(measurement, generators(0, 1)))
     state, mask, sigma = seen[0]
     measured = measurement.mask
     assert len(seen) == 4 and bool(mask.all()) and mask.shape == measured.shape
