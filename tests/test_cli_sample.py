@@ -1,5 +1,6 @@
 import json
 import signal
+from importlib.resources import files
 
 import h5py
 import numpy as np
@@ -14,7 +15,7 @@ from msmri.io.samples import SampleWriter, image_sheet, read_samples
 from msmri.methods.generation import Generation
 from msmri.model.checkpoint import save_checkpoint
 from msmri.model.prior import load_prior
-from msmri.physics.operators import CoilFourier
+from msmri.physics.operators import CoilFourier, Identity
 from msmri.physics.simulate import coil_maps
 
 NETWORK = {"use": "msmri.model.unet:UNet", "in_channels": 4, "out_channels": 2, "channels": [8], "blocks_per_level": 1,
@@ -188,3 +189,41 @@ def test_sheet_has_a_window_for_each_image(tmp_path):
     assert sheet.shape == (18, 8)
     np.testing.assert_allclose(sheet[:8], np.eye(8), atol=0.01)
     assert (sheet[8:] == 1).all()
+
+
+FACES = files("msmri") / "weights" / "faces_msm.safetensors"
+
+
+def test_a_prior_of_photographs_draws_colours_by_its_own_law(tmp_path):
+    from matplotlib.image import imread
+
+    out, again = tmp_path / "out", tmp_path / "again"
+    result = invoke(
+        "sample", "-o", out, "--prior", FACES, "--count", "3", "--steps", "2", "--batch", "2", "--seed", "4"
+    )
+    assert "3 images of 32 x 32" in result.stdout and "random tiles" in result.stdout and "sigma 40" in result.stdout
+    with h5py.File(out / "samples.h5") as file:
+        images = torch.from_numpy(file["samples"][()])
+        assert images.shape == (3, 3, 32, 32) and images.dtype == torch.float32 and "colours" in file.attrs["units"]
+    method = Generation(load_prior(FACES), steps=2, sigma_max=40.0, law=load_prior(FACES).law)
+    rng = [torch.Generator().manual_seed(4 + k) for k in range(3)]
+    torch.testing.assert_close(images, method(Identity(), (3, 32, 32), rng, dtype=torch.float32), rtol=1e-3, atol=1e-3)
+    sheet = imread(out / "samples.png")
+    assert sheet.shape == (66, 66, 4)
+    expected = ((images[1].movedim(0, -1) + 1) / 2).clamp(0, 1).numpy()
+    np.testing.assert_allclose(sheet[:32, 34:, :3], expected, atol=1 / 254)
+    settings = json.loads((out / "samples.json").read_text())["settings"]
+    assert settings["shape"] == [3, 32, 32] and settings["method"]["law"]["name"] == "random-tiles"
+    invoke(
+        "sample", "-o", again, "--prior", FACES, "--count", "1", "--steps", "2", "--size", "48x32", "--sigma-max", "5"
+    )
+    assert read_samples(again / "samples.h5").shape == (1, 3, 48, 32)
+
+
+def test_weights_that_do_not_draw_by_msm_are_refused(tmp_path):
+    for name in ("faces_ambient", "faces_oracle"):
+        weights = FACES.parent / f"{name}.safetensors"
+        result = invoke("sample", "-o", tmp_path / "out", "--prior", weights, "--count", "1", code=2)
+        (line,) = errors(result)
+        assert name in line and "MSM recipe" in line
+    assert names(tmp_path / "out") == []

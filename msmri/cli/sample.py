@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from msmri.methods.generation import Generation
     from msmri.physics.operators import LinearOperator
 
+COLOURS = "colours within -1..1"
 UNITS = "scaled: the 99th percentile of the root-sum-of-squares image of the centre lines is 1"
 
 
@@ -24,7 +25,9 @@ def sample(
     out: Annotated[Path, typer.Option("-o", "--out", help="Directory to write into.")],
     prior: Annotated[Path | None, typer.Option(help="Weights of the prior, for the shipped ones.")] = None,
     count: Annotated[int, typer.Option(help="How many images to draw.")] = 16,
-    size: Annotated[str, typer.Option(help="Rows x columns of the images.")] = "128x128",
+    size: Annotated[
+        str | None, typer.Option(help="Rows x columns; 128x128 without it, or the size of the photographs trained on.")
+    ] = None,
     coils: Annotated[int, typer.Option(help="Simulated coils to draw the images through.")] = 6,
     maps: Annotated[Path | None, typer.Option(help="Coil maps of msmri coils, in place of simulated ones.")] = None,
     map_slice: Annotated[int, typer.Option(help="Which slice of --maps.")] = 0,
@@ -35,7 +38,9 @@ def sample(
     aggregate: Annotated[str | None, typer.Option(help="Masks of a step: parallel, or sequential.")] = None,
     sigma_max: Annotated[float | None, typer.Option(help="Highest noise level, in units of the prior.")] = None,
     acceleration: Annotated[float, typer.Option("--acceleration", "-R", help="Of the masks: as in training.")] = 4.0,
-    law: Annotated[str, typer.Option(help="Law of the masks: as in training.")] = "random-lines",
+    law: Annotated[
+        str | None, typer.Option(help="Law of the masks; that of training where weights tell it, else random-lines.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Sample k is drawn with seed + k, whatever the batch.")] = 0,
     batch: Annotated[int, typer.Option(help="Samples that go through the network at once.")] = 4,
     device: common.Device = "auto",
@@ -44,28 +49,40 @@ def sample(
     dry_run: common.DryRun = False,
     debug: common.Debug = False,
 ) -> None:
-    """Draw images from a prior that was trained on undersampled scans, with no measurement at all.
+    """Draw images from a prior that was trained on undersampled scans or incomplete photographs, measured by nobody.
 
-    Writes OUT/samples.h5 (complex, in units of the prior), OUT/samples.png (magnitudes) and OUT/samples.json (how they
-    were made). Exit code 0: all done; 2: something to mend; 130: interrupted, --resume goes on.
+    Writes OUT/samples.h5 (in units of the prior), OUT/samples.png (magnitudes, or colours) and OUT/samples.json (how
+    they were made). Exit code 0: all done; 2: something to mend; 130: interrupted, --resume goes on.
     """
     import torch
 
     from msmri.io.output import sha256
     from msmri.methods.generation import Generation
+    from msmri.model.checkpoint import read_header
     from msmri.model.prior import load_prior, shipped_prior
+    from msmri.physics.operators import Identity
 
     for option, value in (("--count", count), ("--coils", coils), ("--batch", batch)):
         common.at_least(value, 1, option)
     path, place = prior or shipped_prior(), common.find_device(device)
-    chosen = common.find_law(law, acceleration, None)
+    recipe = (read_header(path).get("recipe") or {}) if path.suffix == ".safetensors" else {}
+    pixels = (recipe.get("data") or {}).get("size")  # of photographs; scans have none
+    model: Any = load_prior(path, device=place, in_channels=2)
+    told = None if law is not None else getattr(model, "law", None)
+    chosen = told or common.find_law(law or "random-lines", acceleration, None)
     if chosen is None or isinstance(chosen, torch.Tensor):
         raise InputError("--law wants the name of a law, not a file", path=law)
+    if pixels is not None and sigma_max is None:
+        sigma_max = (recipe.get("loss") or {}).get("sigma_max")
     given = {"masks_per_step": masks, "steps": steps, "eta": eta, "aggregate": aggregate, "sigma_max": sigma_max}
     given = {name: value for name, value in given.items() if value is not None}
-    model: Any = load_prior(path, device=place, in_channels=2)
     method = Generation.preset(preset, prior=model, law=chosen, batch=batch, **given)
-    encoding, shape, origin = find_encoding(size, coils, maps, map_slice, seed)
+    if pixels is None:
+        encoding, shape, origin = find_encoding(size or "128x128", coils, maps, map_slice, seed)
+    else:
+        if not callable(model) or hasattr(model, "denoise") or hasattr(model, "further"):
+            raise InputError("these weights do not draw by MSM", mend="give those of an MSM recipe", path=path)
+        encoding, shape, origin = Identity(), (3, *find_matrix(size or f"{pixels}x{pixels}")), {}
     settings = {
         "prior": sha256(path),
         "method": {**describe(method), "preset": preset},
@@ -87,8 +104,6 @@ def find_encoding(
     size: str, coils: int, maps: Path | None, index: int, seed: int
 ) -> "tuple[LinearOperator, tuple[int, int, int], dict[str, Any]]":
     """Give the coils, the shape (set, y, x) of an image and where the coils came from."""
-    import re
-
     from torch import Generator
 
     from msmri.io.output import read_maps, sha256
@@ -98,12 +113,19 @@ def find_encoding(
     if maps is not None:
         found = read_maps(maps, index=index)[None]
         return CoilFourier(found), (found.shape[1], *found.shape[-2:]), {"maps": sha256(maps), "slice": index}
+    matrix = find_matrix(size)
+    found = coil_maps(matrix, coils, Generator().manual_seed(seed))
+    return CoilFourier(found), (1, *matrix), {"simulated": coils, "seed": seed}
+
+
+def find_matrix(size: str) -> tuple[int, int]:
+    """Read rows x columns."""
+    import re
+
     sizes = re.fullmatch(r"([1-9]\d*)[x×,]([1-9]\d*)", size)
     if sizes is None or min(int(sizes[1]), int(sizes[2])) < 16:
         raise InputError(f"cannot read --size {size}", mend="give rows x columns such as 128x128, 16 or more")
-    matrix = int(sizes[1]), int(sizes[2])
-    found = coil_maps(matrix, coils, Generator().manual_seed(seed))
-    return CoilFourier(found), (1, *matrix), {"simulated": coils, "seed": seed}
+    return int(sizes[1]), int(sizes[2])
 
 
 def describe(method: "Generation") -> dict[str, Any]:
@@ -136,16 +158,19 @@ def run(
     from msmri.io.output import environment, fingerprint, write_manifest
     from msmri.io.samples import SampleWriter, image_sheet, read_samples
     from msmri.methods import combine_sets
-    from msmri.physics.operators import CoilFourier
+    from msmri.physics.operators import CoilFourier, Identity
 
     if isinstance(encoding, CoilFourier):
         encoding = dataclasses.replace(encoding, maps=encoding.maps.to(device))
     path, begun, missing = out / "samples.h5", time.time(), []
     told = fingerprint(settings)
-    made = {"units": UNITS, "seed": seed, "settings": told}
+    colours = isinstance(encoding, Identity)
+    matrix = shape if colours else shape[-2:]
+    kind = torch.float32 if colours else torch.complex64
+    made = {"units": COLOURS if colours else UNITS, "seed": seed, "settings": told}
     if not (resume and path.exists() and finished(path, count, told)):
         writer = SampleWriter(
-            path, count, shape[-2:], attributes=made, settings=settings, resume=resume, overwrite=overwrite
+            path, count, matrix, kind, attributes=made, settings=settings, resume=resume, overwrite=overwrite
         )
         try:
             with writer, progress_bar() as bar:
@@ -154,7 +179,7 @@ def run(
                 for first in range(0, len(missing), method.batch):
                     group = missing[first : first + method.batch]
                     rng = [torch.Generator().manual_seed(seed + k) for k in group]
-                    for step in method.iterate(encoding, shape, rng, device=device):
+                    for step in method.iterate(encoding, shape, rng, dtype=kind, device=device):
                         bar.update(task, advance=len(group), description=f"{first}/{len(missing)} images")
                         last = step.estimate
                     images = combine_sets(encoding.adjoint(last))

@@ -134,7 +134,7 @@ class ReconstructionWriter:
         self,
         path: str | Path,
         n_slices: int,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
         *,
         samples: int = 1,
         source: str | Path | None = None,

@@ -18,13 +18,17 @@ WHITE, GAP = 0.995, 2  # quantile of each image that is white; pixels between tw
 
 
 class SampleWriter(ReconstructionWriter):
-    """Write ``samples`` (count, y, x) complex64 image by image, as :class:`ReconstructionWriter` does slices."""
+    """Write ``samples`` image by image, as :class:`ReconstructionWriter` does slices.
+
+    Complex (count, y, x), or with ``dtype`` float32 and three sizes in ``shape`` colours (count, 3, y, x) within -1..1.
+    """
 
     def __init__(
         self,
         path: str | Path,
         count: int,
-        shape: tuple[int, int],
+        shape: tuple[int, ...],
+        dtype: torch.dtype = torch.complex64,
         *,
         attributes: Mapping[str, Any] | None = None,
         settings: Mapping[str, Any] | None = None,
@@ -34,7 +38,7 @@ class SampleWriter(ReconstructionWriter):
         super().__init__(
             path, count, shape, attributes=attributes, settings=settings, resume=resume, overwrite=overwrite
         )
-        self._types = {SAMPLES: np.complex64}
+        self._types = {SAMPLES: np.float32 if dtype == torch.float32 else np.complex64}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -44,18 +48,18 @@ class SampleWriter(ReconstructionWriter):
         super().__exit__(kind, error, trace)
 
     def write(self, index: int, image: Tensor, *, std: Tensor | None = None) -> None:
-        """Write image ``index``, complex (y, x); it counts as done once its data are on the way to the disk."""
+        """Write image ``index``; it counts as done once its data are on the way to the disk."""
         if std is not None or image.shape != self.shape[1:]:
             raise ValueError(f"{self.path}: samples are single images {self.shape[1:]}, got {tuple(image.shape)}")
         file = self._open
-        file[SAMPLES][index] = image.detach().cpu().numpy().astype(np.complex64)
+        file[SAMPLES][index] = image.detach().cpu().numpy()
         file.flush()
         file[DONE][index] = True
         file.flush()
 
 
 def read_samples(path: str | Path) -> Tensor:
-    """Read the images, complex (count, y, x), of a finished file.
+    """Read the images, complex (count, y, x) or colours (count, 3, y, x), of a finished file.
 
     Raises
     ------
@@ -69,16 +73,23 @@ def read_samples(path: str | Path) -> Tensor:
 
 
 def image_sheet(path: str | Path, images: Tensor, *, columns: int | None = None) -> None:
-    """Write magnitude images (count, y, x) as one PNG, each with a grey window of its own, pixel by pixel."""
+    """Write images as one PNG, pixel by pixel: magnitudes (count, y, x), each in a grey window of its own, or colours.
+
+    Colours are (count, 3, y, x) within -1..1, and clipped to that.
+    """
     from matplotlib.image import imsave
 
-    count, height, width = images.shape
+    count, (height, width) = len(images), images.shape[-2:]
     across = columns or math.ceil(math.sqrt(count))
     down = math.ceil(count / across)
-    sheet = torch.ones(down * (height + GAP) - GAP, across * (width + GAP) - GAP)
-    for number, image in enumerate(images.abs().float()):
+    sheet = torch.ones(down * (height + GAP) - GAP, across * (width + GAP) - GAP, *images.shape[1:-2])
+    for number, image in enumerate(images):
         top, left = number // across * (height + GAP), number % across * (width + GAP)
-        white = torch.quantile(image, WHITE).clamp_min(1e-12)
-        sheet[top : top + height, left : left + width] = (image / white).clamp(0, 1)
+        if image.ndim == 3:
+            shown = (image.movedim(0, -1).float() + 1) / 2
+        else:
+            shown = image.abs().float()
+            shown = shown / torch.quantile(shown, WHITE).clamp_min(1e-12)
+        sheet[top : top + height, left : left + width] = shown.clamp(0, 1)
     with atomic(path) as part:
         imsave(part, sheet.numpy(), cmap="gray", vmin=0, vmax=1, format="png")
