@@ -46,6 +46,8 @@ EXCEPTIONS = {
     ("model.partial", "physics.fourier"),  # the measurement-domain denoiser works in k-space, with an operator
     ("model.partial", "physics.operators"),
     ("model.partial", "physics.solve"),
+    ("model.ambient", "physics.operators"),  # so may the estimate from a further-masked image
+    ("model.ambient", "physics.solve"),
     ("model.unrolled", "physics.operators"),
     ("model.unrolled", "physics.solve"),
     ("train", "io.output"),  # checkpoints and curves are written whole or not at all

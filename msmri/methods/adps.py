@@ -68,8 +68,8 @@ NOISE_FLOOR = 1e-3  # least std of measured k-space, in scaled units
 class AmbientEstimator(Protocol):
     """What ambient diffusion learns, such as :class:`msmri.model.ambient.AmbientDenoiser`."""
 
-    def __call__(self, aliased: Image, mask: Mask, sigma: Sigma | float) -> Image:
-        """Estimate E[x0 | A~^H A~ (x0 + sigma n), mask of A~], all images (batch, channel, y, x)."""
+    def __call__(self, aliased: Image, mask: Mask, sigma: Sigma | float, encoding: LinearOperator) -> Image:
+        """Estimate E[x0 | A~^H A~ (x0 + sigma n), A~], A~ being encoding and mask; images (batch, channel, y, x)."""
         ...
 
 
@@ -271,7 +271,7 @@ class ADPS(_Sampler):
         seen = shown @ one.encoding
 
         def denoise(noisy: Image, sigma: float) -> Image:
-            return model(seen.normal(noisy), shown.mask, sigma)
+            return model(seen.normal(noisy), shown.mask, sigma, one.encoding)
 
         start, ladder = self._noise(one, rng), self._ladder()
         return guided_euler(denoise, one.values, one.operator, start, ladder, step=self.likelihood_step, at=self.at)
@@ -306,7 +306,7 @@ class AOS(_Learned):
             raise InputError(f"{self.name} needs data that are a part of a full measurement", mend="use a-dps")
         aliased = one.encoding.adjoint(one.values)
         with torch.no_grad():
-            clean = model(aliased, one.mask, self.sigma)
+            clean = model(aliased, one.mask, self.sigma, one.encoding)
         yield Step(clean, clean, clean.real.new_tensor(0.0))
 
 

@@ -28,8 +28,9 @@ class AmbientLoss:
     of measured data only, and the loss is ``lambda(sigma) ||A^H (A h(u, P~, sigma) - s)||^2``. As every line of P has a
     chance to be outside P~, the best h is E[x | u, P~]. With "edm" the loss is divided by the real components of the
     image and by the share of k-space in P; the original is the sum over the image. With "relative" it is divided by
-    what ``h = c_skip u`` would cost: one number for the thousands of places of a slice, which leaves the best estimate
-    of each its conditional mean but for terms of the order of one over their number.
+    what the estimate without the network would cost, ``h = c_skip u``: one number for the thousands of places of a
+    slice, which leaves the best estimate of each its conditional mean but for terms of the order of one over their
+    number.
     """
 
     further: FurtherMask = field(default_factory=FurtherLines)  # the law of P~ given P
@@ -74,10 +75,10 @@ class AmbientLoss:
                 error = encoding.adjoint(error)
             return error.abs().square().flatten(1).sum(1)
 
-        squared = squared_error(model(aliased, shown.mask, sigma))
+        squared = squared_error(model(aliased, shown.mask, sigma, encoding))
         if self.weighting == "relative":
             with torch.no_grad():
-                idle = squared_error(cast(Any, model).factors(sigma).skip * aliased)
+                idle = squared_error(cast(Any, model).idle(aliased, shown.mask, sigma, encoding))
             return (squared / idle.clamp_min(torch.finfo(idle.dtype).tiny)).mean()
         components = noise[0].numel() * (2 if noise.is_complex() else 1)
         count = components * batch.mask.float().mean((-3, -2, -1)).clamp_min(1e-6)

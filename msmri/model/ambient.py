@@ -10,6 +10,8 @@ from torch import Generator, Tensor, nn
 
 from msmri.errors import InputError
 from msmri.model.denoiser import Preconditioned, Preconditioning, per_sample_sigma
+from msmri.physics.operators import LinearOperator, Subsample
+from msmri.physics.solve import conjugate_gradient
 from msmri.tensors import Image, Mask, Sigma
 
 CENTRE_FRACTION = 20 / 256  # of the columns: the calibration lines of msmri's masks
@@ -94,6 +96,10 @@ class AmbientDenoiser(nn.Module):
     low noise costs about 1. ``aliasing = 0`` is the original. (2) Levels below ``sigma_min``, which training hardly
     ever draws, are taken for it.
 
+    A third is there to be chosen: with ``iterations`` the image ``(A~^H A~ + damping)^-1 u`` of so many steps of
+    conjugate gradients stands in place of u in all that, so that the network need not learn to invert the coils. What
+    is estimated stays the same, E[x0 | u, P~]: the one image can be computed from the other.
+
     Parameters
     ----------
     network
@@ -106,6 +112,10 @@ class AmbientDenoiser(nn.Module):
         measured k-space in scaled units: the default is that of simulated brain scans at R = 4.
     sigma_min
         Lowest noise level.
+    iterations
+        Conjugate-gradient steps towards ``(A~^H A~ + damping)^-1 u``; 0, the original: u as it is.
+    damping
+        Added to the eigenvalues of ``A~^H A~``, which are 0 to 1.
     bfloat16
         Whether the network alone computes in bfloat16.
     """
@@ -117,6 +127,8 @@ class AmbientDenoiser(nn.Module):
         *,
         aliasing: float = 0.03,
         sigma_min: float = 0.01,
+        iterations: int = 0,
+        damping: float = 0.02,
         bfloat16: bool = False,
     ) -> None:
         super().__init__()
@@ -125,8 +137,13 @@ class AmbientDenoiser(nn.Module):
                 f"no such standard deviations: sigma_data={sigma_data}, aliasing={aliasing}, sigma_min={sigma_min}",
                 mend="give positive numbers; aliasing may be 0",
             )
+        if not (iterations >= 0 and damping >= 0):
+            raise InputError(
+                f"no such solve: iterations={iterations}, damping={damping}", mend="give 0 or more of both"
+            )
         self.network = network
         self.sigma_data, self.aliasing, self.sigma_min = sigma_data, aliasing, sigma_min
+        self.iterations, self.damping = iterations, damping
         self.reduced = bfloat16  # nn.Module has a method called bfloat16
 
     def factors(self, sigma: Tensor) -> Preconditioning:
@@ -141,7 +158,18 @@ class AmbientDenoiser(nn.Module):
         """Give the loss weight lambda = 1 / c_out^2, at most 1 / aliasing^2."""
         return self.factors(sigma).out.square().reciprocal()
 
-    def forward(self, aliased: Image, mask: Mask, sigma: Sigma | float) -> Image:
+    def begin(self, aliased: Image, mask: Mask, encoding: LinearOperator) -> Image:
+        """Give the image the network sees and skips: u, or what ``iterations`` make of it (b, channel, y, x)."""
+        if not self.iterations:
+            return aliased
+        known = Subsample(mask) @ encoding
+        return conjugate_gradient(lambda x: known.normal(x) + self.damping * x, aliased, iterations=self.iterations)
+
+    def idle(self, aliased: Image, mask: Mask, sigma: Sigma | float, encoding: LinearOperator) -> Image:
+        """Estimate the clean image with a network that says nothing."""
+        return self.factors(per_sample_sigma(sigma, aliased)).skip * self.begin(aliased, mask, encoding)
+
+    def forward(self, aliased: Image, mask: Mask, sigma: Sigma | float, encoding: LinearOperator) -> Image:
         """Estimate the clean image (b, channel, y, x).
 
         Parameters
@@ -152,8 +180,11 @@ class AmbientDenoiser(nn.Module):
             P~ (b or 1, 1, 1 or y, x).
         sigma
             A number or (b, 1, 1, 1).
+        encoding
+            E, of which A~ is ``P~ E``.
         """
         c = self.factors(per_sample_sigma(sigma, aliased))
+        aliased = self.begin(aliased, mask, encoding)
         each = aliased.shape[1] if aliased.is_complex() else 1
         seen, wide = (
             aliased.reshape(len(aliased) * each, -1, *aliased.shape[-2:]),

@@ -10,6 +10,7 @@ from msmri.errors import InputError
 from msmri.model.ambient import AmbientDenoiser, FurtherLines, FurtherPixels, ImageDenoiser
 from msmri.model.denoiser import ComplexChannels, Preconditioned
 from msmri.model.unet import UNet
+from msmri.physics.operators import CoilFourier, Identity, Subsample
 from msmri.tensors import generators, normal_like
 from msmri.testing import check_denoiser
 
@@ -140,7 +141,7 @@ def test_the_written_out_equation(shape):
     model = AmbientDenoiser(network, 0.5, aliasing=0.2)
     u, sigma = normal(*shape), torch.linspace(0.1, 2.0, shape[0]).reshape(-1, 1, 1, 1)
     mask = torch.rand(shape[0], 1, 1, shape[-1], generator=stream()) < 0.5
-    got = model(u, mask, sigma)
+    got = model(u, mask, sigma, Identity())
     skip, scale = 0.25 / (sigma**2 + 0.25), (sigma**2 + 0.25) ** -0.5
     out = (sigma**2 * skip + (0.2 * skip) ** 2) ** 0.5
     change = scale * (u + 0.1 * mask * (1 + 1j))
@@ -151,7 +152,7 @@ def test_the_written_out_equation(shape):
     wide = scale.repeat_interleave(shape[1], 0).expand(-1, 1, *shape[2:])
     torch.testing.assert_close(network.planes[:, 3:], wide.contiguous())
     # each set is an image of its own
-    alone = torch.cat([model(u[:, i : i + 1], mask, sigma) for i in range(shape[1])], 1)
+    alone = torch.cat([model(u[:, i : i + 1], mask, sigma, Identity()) for i in range(shape[1])], 1)
     torch.testing.assert_close(got, alone)
 
 
@@ -159,15 +160,15 @@ def test_photographs_keep_their_channels_together():
     network = Seen(3)
     model = AmbientDenoiser(network, 0.5, aliasing=0.0)
     u, mask = normal(2, 3, 6, 8, dtype=torch.float32), torch.rand(1, 1, 6, 8, generator=stream()) < 0.5
-    assert model(u, mask, 0.7).dtype == torch.float32 and network.planes.shape == (2, 5, 6, 8)
+    assert model(u, mask, 0.7, Identity()).dtype == torch.float32 and network.planes.shape == (2, 5, 6, 8)
     torch.testing.assert_close(network.planes[:, 3:4], (mask / (0.49 + 0.25) ** 0.5).expand(2, -1, -1, -1))
 
 
 def test_levels_below_the_lowest_are_taken_for_it():
     model, u = AmbientDenoiser(Seen(), 0.5, sigma_min=0.05), normal(2, 1, 6, 8)
     mask = torch.ones(1, 1, 1, 8, dtype=torch.bool)
-    assert torch.equal(model(u, mask, 0.001), model(u, mask, 0.05))
-    assert not torch.equal(model(u, mask, 0.06), model(u, mask, 0.05))
+    at = {level: model(u, mask, level, Identity()) for level in (0.001, 0.05, 0.06)}
+    assert torch.equal(at[0.001], at[0.05]) and not torch.equal(at[0.06], at[0.05])
 
 
 def small(in_channels, out_channels=2):
@@ -185,17 +186,58 @@ def test_with_a_real_network(bfloat16):
     model = AmbientDenoiser(small(4), 0.5, bfloat16=bfloat16)
     u = normal(2, 1, 13, 18)
     mask = torch.rand(2, 1, 1, 18, generator=stream()) < 0.5
-    got = model(u, mask, torch.tensor([0.1, 1.0]).reshape(-1, 1, 1, 1))
+    levels = torch.tensor([0.1, 1.0]).reshape(-1, 1, 1, 1)
+    got = model(u, mask, levels, Identity())
     assert got.shape == u.shape and got.dtype == u.dtype and bool(torch.isfinite(got.abs()).all())
     for i, level in enumerate((0.1, 1.0)):
-        torch.testing.assert_close(got[i], model(u[i : i + 1], mask[i : i + 1], level)[0], rtol=2e-2, atol=2e-2)
-    assert not torch.allclose(got, model(u, ~mask, torch.tensor([0.1, 1.0]).reshape(-1, 1, 1, 1)), atol=1e-3)
+        torch.testing.assert_close(
+            got[i], model(u[i : i + 1], mask[i : i + 1], level, Identity())[0], rtol=2e-2, atol=2e-2
+        )
+    assert not torch.allclose(got, model(u, ~mask, levels, Identity()), atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 7, 10), (3, 2, 6, 5)])
+def test_solved_images_take_the_place_of_aliased_ones(shape):
+    maps = normal(shape[0], shape[1], 3, *shape[2:]) / 3
+    encoding = CoilFourier(maps)
+    mask = torch.rand(shape[0], 1, 1, shape[-1], generator=stream()) < 0.6
+    sigma, known = torch.linspace(0.1, 2.0, shape[0]).reshape(-1, 1, 1, 1), Subsample(mask) @ encoding
+    network, plain = Seen(), Seen()
+    size = shape[1] * shape[2] * shape[3]
+    # more steps than unknowns: the solve is exact but for rounding
+    model = AmbientDenoiser(network, 0.5, aliasing=0.2, iterations=2 * size, damping=0.1)
+    image = normal(*shape)
+    u = known.normal(image) + 0.1 * image
+    torch.testing.assert_close(model.begin(u, mask, encoding), image, rtol=1e-4, atol=1e-4)
+    original = AmbientDenoiser(plain, 0.5, aliasing=0.2)
+    assert original.begin(u, mask, encoding) is u
+    torch.testing.assert_close(
+        model(u, mask, sigma, encoding), original(image, mask, sigma, encoding), rtol=1e-3, atol=1e-3
+    )
+    torch.testing.assert_close(network.planes, plain.planes, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        model.idle(u, mask, sigma, encoding), 0.25 / (sigma**2 + 0.25) * image, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_few_steps_of_the_solve_are_conjugate_gradients():
+    encoding, mask = CoilFourier(normal(1, 1, 3, 8, 9)), torch.rand(1, 1, 1, 9, generator=stream()) < 0.5
+    known, u = Subsample(mask) @ encoding, normal(1, 1, 8, 9)
+    model = AmbientDenoiser(Seen(), iterations=1, damping=0.3)
+    energy = (known(u).abs().square().sum() + 0.3 * u.abs().square().sum()) / u.abs().square().sum()
+    torch.testing.assert_close(model.begin(u, mask, encoding), u / energy)
 
 
 @pytest.mark.parametrize(("sigma_data", "aliasing", "sigma_min"), [(0, 0.1, 0.01), (0.5, -1, 0.01), (0.5, 0.1, 0)])
 def test_refused_deviations(sigma_data, aliasing, sigma_min):
     with pytest.raises(InputError):
         AmbientDenoiser(Seen(), sigma_data, aliasing=aliasing, sigma_min=sigma_min)
+
+
+@pytest.mark.parametrize(("iterations", "damping"), [(-1, 0.1), (3, -0.1)])
+def test_refused_solves(iterations, damping):
+    with pytest.raises(InputError):
+        AmbientDenoiser(Seen(), iterations=iterations, damping=damping)
 
 
 # the oracle's network
