@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE, IMAGES = ROOT / "benchmarks" / "results", ROOT / "docs" / "diagnostics.md", ROOT / "docs" / "images"
@@ -94,7 +95,19 @@ def full_size() -> str:
             *gpu,
             f"- Not measured: {told['GB_of_weights_float32']:.2f} GB of weights to sample, and to train at least "
             f"{told['GB_of_weights_gradients_Adam_and_average_float32']:.1f} GB without activations.",
+            *([training_step(found["ssdu"])] if "ssdu" in found else []),
         ]
+    )
+
+
+def training_step(ssdu: dict[str, Any]) -> str:
+    """Tell what one training step of SSDU's network took."""
+    return (
+        f"- One training step of SSDU's published network ({ssdu['unrolls']} unrolls, {ssdu['parameters']:,} "
+        f"parameters, `{ssdu['recipe']}`) on {ssdu['coils']} coils at {' x '.join(map(str, ssdu['matrix']))}, "
+        f"unrolls computed anew in back-propagation: memory grows by {ssdu['growth_of_memory_GB']:.1f} GB, "
+        f"{ssdu['cpu_seconds']:.0f} s of one core ({ssdu['seconds']:.0f} s on {ssdu['threads']} thread; load of the "
+        f"machine {ssdu['load_of_the_machine_before']:.1f})."
     )
 
 

@@ -119,7 +119,7 @@ def _override(recipe: dict[str, Any], override: str) -> None:
         if depth == len(keys) - 1:
             place[index] = parse_value(text)
         elif isinstance(place, dict) and key not in place:
-            raise InputError(f"override {name!r}: {here} has no section {key!r}", mend=_suggest(key, place))
+            raise InputError(f"override {name!r}: {here} has no section {key!r}", mend=nearest(key, place))
         else:
             place = place[index]
 
@@ -185,7 +185,7 @@ def _find(use: Any, trust: Sequence[str], place: str) -> Any:
     target = getattr(module, name, None)
     names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
     if target is None:
-        raise InputError(f"{place}{module_name} has no '{name}'", mend=_suggest(name, names))
+        raise InputError(f"{place}{module_name} has no '{name}'", mend=nearest(name, names))
     origin = str(getattr(target, "__module__", "")).split(".")[0]
     if not callable(target) or origin not in trust:  # else "msmri.io:Path" would open the way to everything imported
         raise InputError(f"{place}{use} is no class or function of a trusted package", mend="name one that is")
@@ -203,7 +203,7 @@ def _check(target: Any, arguments: Mapping[str, Any], label: str) -> None:
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for name in arguments:
         if name not in keywords and not open_ended:
-            raise InputError(f"{label} has no argument '{name}'", mend=_suggest(str(name), keywords))
+            raise InputError(f"{label} has no argument '{name}'", mend=nearest(str(name), keywords))
     missing = [
         name for name, parameter in keywords.items() if parameter.default is parameter.empty and name not in arguments
     ]
@@ -211,7 +211,7 @@ def _check(target: Any, arguments: Mapping[str, Any], label: str) -> None:
         raise InputError(f"{label} needs {', '.join(missing)}", mend="add it to the recipe")
 
 
-def _suggest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """Name the nearest known word, or all of them."""
     words = [str(word) for word in known]
     near = difflib.get_close_matches(name, words, n=1)

@@ -134,6 +134,8 @@ def reconstruct_file(
                         shape = tuple(to_output(measurement.values[0, 0], scan, preparation).shape)
                         _open_writers(stack, pending, scan, len(indices), shape, resume=resume, overwrite=overwrite)
                     yield from _reconstruct_slice(scan, index, measurement, jobs, indices, preparation)
+                    del measurement
+                    _release_memory()
         except BaseException:
             for job in pending:  # directories that were made for nothing
                 with suppress(OSError):
@@ -270,6 +272,18 @@ def _reconstruct_slice(
         std = result.std
         job.writer.write(place, image, std=None if std is None else to_output(std[0].cpu(), scan, preparation))
         yield Step(scan.path, index, job.name, job.seconds[index], total)
+
+
+def _release_memory() -> None:
+    """Give freed memory back to the system.
+
+    The allocator of glibc keeps it, in pieces that k-space of the next slice may not fit into, so that a process grows
+    from slice to slice, by more or less in every run. Other systems' allocators have no such function.
+    """
+    import ctypes
+
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _manifest(

@@ -20,7 +20,7 @@ from msmri.physics.espirit import Espirit
 from msmri.physics.fourier import ifft2c
 from msmri.physics.masks import MaskLaw, slice_seed
 from msmri.physics.operators import CoilFourier
-from msmri.tensors import Mask
+from msmri.tensors import Mask, normal_like
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Preparation:
     law: MaskLaw | Mask | None = None  # undersamples fully sampled scans: a law, or one mask (1, 1 or ky, kx) for all
     seed: int = 0  # of masks and samples, together with the name of the slice
     mask_per: Literal["slice", "file"] = "slice"  # a mask drawn for every slice, or one for all slices of a file
+    noise: float = 0.0  # added to fully sampled scans: std of each real component over the brightest pixel of the slice
     sets: int | Literal["auto"] = "auto"  # sets of coil maps, see Espirit
     maps: Path | None = None  # file of coil maps, or directory with one file a scan; without it, ESPIRiT
     crop_to: int | None = None  # crop k-space to this many rows and columns: a trial at low resolution
@@ -44,7 +45,7 @@ class Preparation:
             law |= {"one mask for each": self.mask_per}
         maps = str(self.maps) if self.maps is not None else "ESPIRiT"
         told = {name: getattr(self, name) for name in ("seed", "sets", "crop_to", "coils")}
-        return {"mask": law, "maps": maps, **told}
+        return {"mask": law, "maps": maps, **told, **({"noise": self.noise} if self.noise > 0 else {})}
 
 
 def require_sampling(scan: Scan, preparation: Preparation) -> None:
@@ -64,7 +65,7 @@ def require_sampling(scan: Scan, preparation: Preparation) -> None:
 
 
 def read_slice(scan: Scan, index: int, preparation: Preparation) -> Measurement:
-    """Read and undersample one slice; no coil maps yet.
+    """Read one slice, make it noisier and undersample it; no coil maps yet.
 
     The target (1, y, x) is the file's own, or, where it has none or k-space is cropped, the root-sum-of-squares image
     of the fully sampled slice; None for undersampled scans without one. Images are compared with it after
@@ -82,6 +83,7 @@ def read_slice(scan: Scan, index: int, preparation: Preparation) -> Measurement:
             name = measurement.source[0] if preparation.mask_per == "slice" else scan.path.name
             rng = Generator().manual_seed(slice_seed(name, preparation.seed))
             law = law.draw((measurement.values.shape[-2], measurement.values.shape[-1]), rng)
+        measurement = _noisier(measurement, preparation)
         measurement = undersample(measurement, law.reshape(-1, 1, *law.shape[-2:]))
     if preparation.coils is not None and preparation.coils < measurement.values.shape[1]:
         measurement = replace(measurement, values=compress_coils(measurement.values, preparation.coils)[0])
@@ -143,6 +145,16 @@ def naming(path: str | Path) -> Iterator[None]:
         if error.path is not None and str(error.path) in str(error):
             raise
         raise InputError(error.problem, mend=error.mend, path=path) from error
+
+
+def _noisier(measurement: Measurement, preparation: Preparation) -> Measurement:
+    """Add white noise, drawn by the name of the slice, to one fully sampled slice."""
+    if preparation.noise == 0:
+        return measurement
+    values = measurement.values
+    rng = Generator().manual_seed(slice_seed(f"{measurement.source[0]} noise", preparation.seed))
+    std = preparation.noise * root_sum_of_squares(ifft2c(values)).max()
+    return replace(measurement, values=values + std * normal_like(values, [rng]))
 
 
 def _crop_kspace(measurement: Measurement, size: int) -> Measurement:

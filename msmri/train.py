@@ -32,7 +32,17 @@ class TrainSettings:
     clip: float = 1.0  # largest norm of the gradient
     ema: float = 0.999  # decay of the averaged weights, which are the ones shipped
     save_every: int = 200  # steps between checkpoints
+    keep_every: int = 0  # steps between averaged weights kept for good, which are checkpoints too; 0: none are kept
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.keep_every < 0:
+            raise InputError(f"keep_every of {self.keep_every} steps makes no sense", mend="give 0 or more")
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Give the seed of one step of a run: torch reads 32 bits of it, so that both must be in those."""
+    return (seed * 0x9E3779B1 + step) % 2**32  # 2^32 over the golden ratio: runs begin far from one another
 
 
 class Record(NamedTuple):
@@ -57,7 +67,7 @@ def train(recipe: dict[str, Any], run: str | Path, *, device: str = "cpu", resum
         :class:`TrainSettings`; everything goes into the header of the weights.
     run
         Folder for ``state.pt`` (to resume), ``last.safetensors`` (averaged weights with the recipe in the header),
-        ``loss.csv`` and ``loss.png``.
+        ``step_000800.safetensors`` and the like (those of every ``keep_every``-th step), ``loss.csv`` and ``loss.png``.
 
     Raises
     ------
@@ -111,7 +121,7 @@ def train(recipe: dict[str, Any], run: str | Path, *, device: str = "cpu", resum
     averaged.requires_grad_(False)
     begun, spent = time.monotonic(), spent - time.process_time()
     for step in range(first, settings.steps):
-        rng = Generator().manual_seed((settings.seed << 32) + step)
+        rng = Generator().manual_seed(step_seed(settings.seed, step))
         batch = _to_device(data.batch(rng, pixels=settings.pixels), device)
         for group in optimiser.param_groups:
             group["lr"] = settings.learning_rate * _rate(step, settings)
@@ -126,9 +136,11 @@ def train(recipe: dict[str, Any], run: str | Path, *, device: str = "cpu", resum
             for average, current in zip(averaged.parameters(), model.parameters()):
                 average.lerp_(current, 1 - decay)
         history.append(float(value.detach()))
-        if (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
+        kept = settings.keep_every > 0 and (step + 1) % settings.keep_every == 0
+        if kept or (step + 1) % settings.save_every == 0 or step + 1 == settings.steps:
             told = {"step": step + 1, "cpu_seconds": spent + time.process_time()}
-            _save(run, recipe, settings, told, model, averaged, optimiser, history)
+            names = ["last.safetensors", *([f"step_{step + 1:06d}.safetensors"] if kept else [])]
+            _save(run, names, recipe, settings, told, model, averaged, optimiser, history)
         yield Record(step + 1, settings.steps, history[-1], time.monotonic() - begun)
 
 
@@ -165,6 +177,7 @@ def _to_device(batch: Any, device: str) -> Any:
 
 def _save(
     run: Path,
+    names: list[str],
     recipe: dict[str, Any],
     settings: TrainSettings,
     told: dict[str, Any],
@@ -173,19 +186,9 @@ def _save(
     optimiser: torch.optim.Optimizer,
     history: list[float],
 ) -> None:
-    """Write the state to resume from, the averaged weights, and the loss curve."""
+    """Write the averaged weights under every name, the loss curve, and last, for who resumes, the state."""
     from msmri.report import loss_curve, write_csv
 
-    state = {
-        "identity": _identity(recipe),
-        **told,
-        "model": model.state_dict(),
-        "averaged": averaged.state_dict(),
-        "optimiser": optimiser.state_dict(),
-        "history": history,
-    }
-    with atomic(run / "state.pt") as part:
-        torch.save(state, part)
     header = {
         "format": "msmri-partial",
         "recipe": recipe | {"train": asdict(settings)},
@@ -196,6 +199,17 @@ def _save(
         "loss": [round(sum(history[i : i + 50]) / len(history[i : i + 50]), 5) for i in range(0, len(history), 50)],
     }
     tensors = {name: tensor.detach().float().cpu() for name, tensor in averaged.state_dict().items()}
-    save_checkpoint(run / "last.safetensors", tensors, header)
+    for name in names:
+        save_checkpoint(run / name, tensors, header)
     write_csv(run / "loss.csv", [{"step": i + 1, "loss": value} for i, value in enumerate(history)])
     loss_curve(run / "loss.png", [{"step": i + 1, "loss": value} for i, value in enumerate(history)])
+    state = {
+        "identity": _identity(recipe),
+        **told,
+        "model": model.state_dict(),
+        "averaged": averaged.state_dict(),
+        "optimiser": optimiser.state_dict(),
+        "history": history,
+    }
+    with atomic(run / "state.pt") as part:  # after the rest: a run killed before goes back and writes the rest again
+        torch.save(state, part)

@@ -60,3 +60,15 @@ def test_a_step_passes_as_many_images_as_masks():
     heavy = load("how_heavy_is_full_size")
     row = heavy.step(heavy.QUICK, 32, 3, 4)
     assert row["images_through_the_network"] == 3 and row["seconds"] > 0 and 0.1 < row["peak_memory_GB"] < 12
+
+
+def test_a_training_step_of_ssdu_is_the_recipes_own():
+    heavy = load("how_heavy_is_full_size")
+    row = heavy.ssdu_step(True)
+    assert (row["unrolls"], row["coils"], row["matrix"], row["checkpoint"]) == (2, 4, [32, 32], True)
+    assert row["passes_through_the_network"] == 2 * row["unrolls"]  # once forward, once more in back-propagation
+    assert row["parameters"] == 2 * 9 * 2 * 8 + 2 * 9 * 8**2 + 1  # first and last; the tied block and what follows; mu
+    assert 0 <= row["growth_of_memory_GB"] < row["peak_memory_GB"] < 12
+    assert f"{row['cpu_seconds']:.0f} s of one core" in load("what_do_diagnostics_say").training_step(
+        row | {"load_of_the_machine_before": 0.0}
+    )

@@ -431,6 +431,25 @@ def test_closing_the_generator_leaves_what_can_be_resumed(tmp_path, scan):
     assert [step.seconds is None for step in steps] == [True, False]
 
 
+def test_memory_is_given_back_after_every_slice(tmp_path, scan, monkeypatch):
+    import ctypes
+
+    from msmri import pipeline
+
+    given = []
+    monkeypatch.setattr(pipeline, "_release_memory", lambda release=pipeline._release_memory: given.append(release()))
+    preparation = Preparation(law=RandomLines(acceleration=4, centre_lines=10))
+    steps = reconstruct_file(scan, {"zero-filled": ZeroFilled()}, tmp_path / "out", preparation)
+    assert [(step.slice, len(given)) for step in steps] == [(0, 0), (1, 1)] and given == [None, None]
+    monkeypatch.undo()
+
+    def none_here(name):
+        raise OSError("no C library by that name")
+
+    monkeypatch.setattr(ctypes, "CDLL", none_here)
+    assert pipeline._release_memory() is None  # a system without it goes without
+
+
 def test_demo(tmp_path, monkeypatch, kspace):
     import importlib.resources
 

@@ -159,6 +159,24 @@ def test_sets_of_the_published_kind(tmp_path):
     assert (method["preset"], method["renewal"], method["covering"]) == ("paper", "constant", False)
 
 
+def test_published_weights_of_photographs_draw_colours_from_dealt_tiles(tmp_path):
+    from msmri.model.adm import ADMConfig, ADMUNet, export_state_dict
+
+    def write(channels):
+        network = ADMUNet(ADMConfig(16, channels, channels, 32, 1, (1, 2), (8,), head_channels=64))
+        torch.save({"ema": export_state_dict(network)}, tmp_path / "published.pt")
+        return ["--prior", tmp_path / "published.pt", "--preset", "paper", "--steps", "2", "--count", "2"]
+
+    more = [*write(3), "--covering", "--size", "16x20"]
+    result = invoke("sample", "-o", tmp_path / "out", *more)
+    assert "2 images of 16 x 20" in result.stdout and "random tiles: nominal 1.67" in result.stdout
+    assert read_samples(tmp_path / "out" / "samples.h5").shape == (2, 3, 16, 20)
+    manifest = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert manifest["settings"]["method"]["covering"] is True and manifest["recipe"] is None
+    (line,) = errors(invoke("sample", "-o", tmp_path / "more", *write(4), code=2))
+    assert "4 real channels" in line and "published.pt" in line
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

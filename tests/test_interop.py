@@ -13,9 +13,11 @@ from msmri.io.fastmri import open_scan, write_scan
 from msmri.methods.cg_sense import CGSense
 from msmri.methods.zero_filled import ZeroFilled
 from msmri.model.denoiser import GaussianDenoiser
+from msmri.model.unrolled import Unrolled
 from msmri.physics.espirit import Espirit
 from msmri.physics.masks import LAWS, FastMRIEquispaced, PoissonDisc, RandomLines
 from msmri.physics.operators import CoilFourier, Identity, Subsample
+from msmri.physics.simulate import coil_maps
 from msmri.tensors import generators, normal_like
 from msmri.testing import (
     check_denoiser,
@@ -136,6 +138,33 @@ def test_our_method_is_a_reconstructor_of_theirs():
     assert [m.noise_std for m in seen] == pytest.approx([0.01, 0.01])
     assert seen[1].mask.shape == given.mask.shape
     assert all(m.target is None for m in seen)
+
+
+@pytest.mark.parametrize("shape", [(20, 18), (13, 16)])
+@pytest.mark.parametrize("lines", [True, False])
+@pytest.mark.parametrize("mu", [0.05, 0.7])
+def test_unrolled_consistency_is_their_prox(shape, lines, mu):
+    """Their prox of gamma |A x - y|^2 / 2 at z solves (A^H A + 1 / gamma) x = A^H y + z / gamma: gamma is 1 / mu."""
+    import deepinv
+
+    maps = coil_maps(shape, 3, torch.Generator().manual_seed(1)).expand(2, -1, -1, -1, -1)
+    sampled = mask(2, 1, 1 if lines else shape[0], shape[1], seed=2)
+    operator = Subsample(sampled) @ CoilFourier(maps)
+    values = operator(field(2, 1, *shape)) + 0.1 * Subsample(sampled)(field(2, 3, *shape, seed=3))
+    prior, full = field(2, 1, *shape, seed=4), sampled.expand(-1, -1, *shape).float()
+    theirs = deepinv.physics.MultiCoilMRI(full, maps[:, 0], img_size=(2, *shape), max_iter=200, tol=1e-7)
+    fidelity = deepinv.optim.data_fidelity.L2()
+    right = fidelity.prox(to_deepinv.to_channels(prior), to_deepinv.to_coils(values), theirs, gamma=1 / mu)
+    right = to_deepinv.from_channels(right)
+    for warm in (False, True):
+        model = Unrolled(torch.nn.Identity(), mu=mu, cg_iterations=60, warm_start=warm)
+        found = model.consistency(prior, operator.adjoint(values), operator).detach()
+        assert float((found - right).norm() / right.norm()) < 1e-4
+    once = Unrolled(torch.nn.Identity(), mu=mu, cg_iterations=60, unrolls=1)  # z is the zero-filled image itself
+    zero_filled = theirs.A_adjoint(to_deepinv.to_coils(values))
+    right = fidelity.prox(zero_filled, to_deepinv.to_coils(values), theirs, gamma=1 / mu)
+    found = once(values, sampled, CoilFourier(maps)).detach()
+    assert float((to_deepinv.to_channels(found) - right).norm() / right.norm()) < 1e-4
 
 
 # SigPy

@@ -41,6 +41,8 @@ MAY_IMPORT = {
 EVERYTHING = {"cli", "testing", "interop"}  # may import all, and nobody may import them
 EXCEPTIONS = {
     ("methods.tuning", "metrics"),  # chooses a weight by a metric, on validation scans
+    ("methods.adps", "methods.references"),
+    ("methods.adps", "methods.references"),  # whom to cite
     ("methods.ssdu", "methods.ssdu_training"),  # the zero-shot form trains on the scan at hand
     ("methods.msm_noisy", "methods.msm_training"),  # the line-wise loss for noisy lines hides lines by the same law
     ("model.partial", "physics.fourier"),  # the measurement-domain denoiser works in k-space, with an operator

@@ -1,18 +1,25 @@
+import json
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from msmri.cli import app
 from msmri.config import build, load_recipe
 from msmri.io import write_scan
-from msmri.model.checkpoint import load_checkpoint
+from msmri.io.restored import read_photo
+from msmri.model.checkpoint import load_checkpoint, save_checkpoint
 from msmri.model.prior import load_prior
 from msmri.testing import phantom_measurement
 from msmri.train import TrainSettings, _rate, train
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+ALL = sorted((ROOT / "recipes").glob("*.yaml"))
+OF_COMMANDS = [path for path in ALL if "command" in load_recipe(path)]
+RECIPES = [path for path in ALL if path not in OF_COMMANDS]  # of training
 
 
 @pytest.fixture(params=RECIPES, ids=lambda path: path.stem)
@@ -24,7 +31,7 @@ def test_there_are_recipes():
     assert "brain_r4_small" in {path.stem for path in RECIPES}
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_is_short_and_says_what_it_is(path):
     lines = path.read_text("utf-8").splitlines()
     assert len(lines) <= 30 and lines[0].startswith("# ")
@@ -119,3 +126,153 @@ def test_full_size_networks_are_those_of_the_paper(name):
     settings = TrainSettings(**recipe["train"])
     assert settings.pixels == 2 * size**2 and settings.steps == 10**6 and settings.learning_rate == rate
     assert all(_rate(step, settings) == 1 for step in (0, 10, 999_999))
+
+
+def prior_of(path, folder):
+    """Write small weights in place of those that a recipe of another command names; give their path."""
+    told = load_recipe(path)
+    run = Path(told["prior"] if "prior" in told else told["weights"]).parent
+    assert run.parent == Path("runs") and ROOT / "recipes" / f"{run.name}.yaml" in RECIPES
+    recipe = load_recipe(ROOT / "recipes" / f"{run.name}.yaml")
+    shrink(recipe["model"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tensors = {
+            name: value + 0.01 * torch.randn_like(value) for name, value in build(recipe["model"]).state_dict().items()
+        }
+    weights = folder / "tiny.safetensors"
+    save_checkpoint(weights, tensors, {"format": "msmri-partial", "recipe": recipe})
+    return weights
+
+
+def invoke(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, (result.exit_code, result.output, result.stderr, result.exception)
+    return result
+
+
+POSTERIOR = {"eta": 0.85, "schedule": "vp", "likelihood": "gradient", "start": "noise", "samples": 1, "steps": 2,
+             "aggregate": "parallel", "include_measured": False}  # fmt: skip
+TOLD = {  # what the manifest must tell of the sampler, after two steps instead of 200
+    "mri256_csmri": POSTERIOR | {"masks_per_step": 3, "data_weight": 2.0, "covering": False},
+    "mri256_generate": {"masks_per_step": 3, "eta": 1.0, "covering": False, "schedule": "vp", "renewal": "constant"},
+    "mri256_generate_oracle": {"masks_per_step": 1, "eta": 1.0, "schedule": None, "sigma_max": None},
+    "photos128_box": POSTERIOR | {"masks_per_step": 2, "data_weight": 1.75, "covering": True},
+    "photos128_generate": {"masks_per_step": 3, "eta": 1.0, "covering": True, "schedule": "vp", "renewal": "constant"},
+    "photos128_super_resolution": POSTERIOR | {"masks_per_step": 2, "data_weight": 1.75, "covering": True},
+}
+DRAWN = {  # what sample says before it begins
+    "mri256_generate": ("256 x 256", "200 steps from sigma 1", "3 masks a step of random lines: nominal 4.00"),
+    "mri256_generate_oracle": ("256 x 256", "200 steps from sigma 10 to 0.01", "1 masks a step of random lines: nomin"),
+    "photos128_generate": ("128 x 128", "200 steps from sigma 1", "3 masks a step of random tiles: nominal 1.67"),
+}
+
+
+def test_every_recipe_of_a_command_is_tried():
+    assert [path.stem for path in OF_COMMANDS] == sorted(TOLD)
+
+
+def subset(told, expected):
+    return {name: told[name] for name in expected}
+
+
+@pytest.mark.parametrize("path", [path for path in OF_COMMANDS if path.stem in DRAWN], ids=lambda path: path.stem)
+def test_a_shrunk_copy_draws(path, tmp_path):
+    out, prior = tmp_path / "out", prior_of(path, tmp_path)
+    result = invoke("sample", "--recipe", path, "-o", out, "--prior", prior, "--dry-run")
+    assert result.stdout.startswith("3000 images") and all(text in result.stdout for text in DRAWN[path.stem])
+    small = ["--count", "2", "--steps", "2", "--size", "16x16", "--coils", "3", "--device", "cpu"]
+    invoke("sample", "--recipe", path, "-o", out, "--prior", prior, *small)
+    with h5py.File(out / "samples.h5") as file:
+        images = file["samples"][()]
+    assert images.shape == ((2, 3, 16, 16) if path.stem.startswith("photos") else (2, 16, 16))
+    assert np.isfinite(images).all() and np.abs(images[0] - images[1]).max() > 0.01
+    manifest = json.loads((out / "samples.json").read_text())
+    assert manifest["recipe"] == {"name": path.name, "content": load_recipe(path)}
+    assert subset(manifest["settings"]["method"], TOLD[path.stem]) == TOLD[path.stem]
+    acceleration = {"mri256_generate": 4, "mri256_generate_oracle": 1, "photos128_generate": 1.6667}[path.stem]
+    assert manifest["settings"]["method"]["law"]["acceleration"] == acceleration
+
+
+def test_a_shrunk_copy_reconstructs(tmp_path):
+    path, out = ROOT / "recipes" / "mri256_csmri.yaml", tmp_path / "out"
+    scan = phantom_measurement((32, 32), slices=1, noise_std=1e-4)
+    write_scan(tmp_path / "scan.h5", scan.encoding(scan.target[:, None].to(torch.complex64)))
+    small = ["--prior", prior_of(path, tmp_path), "--option", "msm.steps=2", "--center-lines", "8", "--device", "cpu"]
+    invoke("recon", tmp_path / "scan.h5", "--recipe", path, "-o", out / "4", *small)
+    invoke("recon", tmp_path / "scan.h5", "--recipe", path, "-o", out / "6", *small, "-R", "6")
+    for acceleration in (4, 6):
+        with h5py.File(out / str(acceleration) / "msm" / "scan.h5") as file:
+            image = file["reconstruction"][()]
+        assert image.shape == (1, 32, 32) and np.isfinite(image).all() and image.max() > 0.1
+        manifest = json.loads((out / str(acceleration) / "msm" / "scan.json").read_text())
+        assert manifest["recipe"] == {"name": path.name, "content": load_recipe(path)}
+        assert subset(manifest["options"], TOLD[path.stem]) == TOLD[path.stem]
+        assert manifest["settings"]["noise"] == 0.01 and manifest["mask"]["law"] == "random-lines"
+        assert manifest["acceleration"]["nominal"] == acceleration and manifest["mask"]["centre_lines"] == 8
+
+
+@pytest.mark.parametrize(("name", "amount"), [("box", 0.5), ("super_resolution", 4)])
+def test_a_shrunk_copy_restores(name, amount, tmp_path):
+    path, out = ROOT / "recipes" / f"photos128_{name}.yaml", tmp_path / "out"
+    data = {"use": "msmri.io.photos:"}
+    write_data(data, tmp_path / "data")
+    images = np.load(data["path"])["images"]
+    np.savez(data["path"], images=images, split=[0] * 5 + [1] * 4)
+    small = ["--weights", prior_of(path, tmp_path), "--option", "msm.steps=2", "--size", "16", "--limit", "2"]
+    result = invoke("restore", data["path"], "--recipe", path, "-o", out, *small, "--device", "cpu")
+    assert "2 photographs of 16 x 16" in result.stdout
+    manifest = json.loads((out / "msm" / "restored.json").read_text())
+    assert manifest["finished"] and manifest["recipe"] == {"name": path.name, "content": load_recipe(path)}
+    told = manifest["settings"]
+    assert subset(told, TOLD[path.stem]) == TOLD[path.stem]
+    assert (told["task"], told["amount"], told["noise"]) == (name.replace("_", "-"), amount, 0)
+    rows = list(manifest["photographs"].values())
+    assert len(rows) == 2 and all(np.isfinite(row["PSNR"]) for row in rows)
+    assert read_photo(out / "msm" / rows[0]["file"]).shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("name", ["mri256_r4", "photos128_msm"])
+def test_priors_trained_with_noise_can_take_the_place_of_others(name):
+    quiet, noisy = (load_recipe(ROOT / "recipes" / f"{name}{end}.yaml") for end in ("", "_noisy"))
+    assert quiet["model"] == noisy["model"] and quiet["data"].get("size") == noisy["data"].get("size")
+
+
+def test_options_go_before_the_recipe_one_by_one(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("command: restore\nmethod: msm\nlimit: 1\nfaulty: skip\noption: [msm.steps=9, msm.eta=0.5]\n")
+    np.savez(tmp_path / "photos.npz", images=np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8))
+    more = ["--option", "msm.steps=1", "--limit", "2", "--samples", "1"]
+    result = invoke("restore", tmp_path / "photos.npz", "--recipe", recipe, "-o", tmp_path / "out", *more)
+    assert "2 photographs" in result.stdout
+    told = json.loads((tmp_path / "out" / "msm" / "restored.json").read_text())["settings"]
+    assert (told["steps"], told["eta"]) == (1, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "says"),
+    [
+        ("sample", "command: sample\nstepz: 3", "no setting 'stepz'; did you mean 'steps'?"),
+        ("sample", "command: sample\nout: drawn", "no setting 'out'"),
+        ("sample", "command: recon\nmethod: msm", "is a recipe of msmri recon, not of msmri sample"),
+        ("sample", "model: {}", "is a recipe of msmri train, not of msmri sample; those begin with 'command: sample'"),
+        ("train", "command: sample\nsteps: 3", "is a recipe of msmri sample, not of msmri train"),
+        ("sample", "command: sample\nsteps: many", "'steps' cannot be 'many'"),
+        ("sample", "command: sample\nsteps: true", "'steps' cannot be True"),
+        ("sample", "command: sample\nsteps: [1, 2]", "'steps' cannot be [1, 2]; give one value"),
+        ("sample", "command: sample\ncount:", "'count' cannot be None; give one value"),
+        ("sample", "command: sample\ncovering: often", "'covering' cannot be 'often'"),
+        ("sample", "command: sample\nsteps: 0", "steps=0"),
+        ("recon", "command: recon\noption: {msm: 3}", "'option' cannot be {'msm': 3}; give a list of values"),
+        ("recon", "command: recon\nmask: spiral", "no mask law 'spiral'"),
+        ("recon", "command: recon\nnoise: 0.1", "--noise 0.1 cannot be added; give 0 or more, and --mask"),
+        ("restore", "command: restore\ntask: guess", "there is no task 'guess'"),
+    ],
+)
+def test_wrong_recipes_of_a_command(command, text, says, tmp_path):
+    recipe, out = tmp_path / "mine.yaml", tmp_path / "out"
+    recipe.write_text(text)
+    words = [recipe, out] if command == "train" else ["--recipe", recipe, "-o", out]
+    result = invoke(command, *words, *([] if command in ("sample", "train") else [tmp_path / "none"]), code=2)
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ") and says in line and not out.exists()

@@ -1,5 +1,6 @@
 import csv
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +10,10 @@ from msmri.config import build
 from msmri.errors import InputError
 from msmri.io import write_scan
 from msmri.measurement import Measurement
-from msmri.model.checkpoint import load_checkpoint
+from msmri.model.checkpoint import load_checkpoint, save_checkpoint
 from msmri.model.prior import load_prior
 from msmri.testing import phantom_measurement
-from msmri.train import TrainSettings, _rate, train
+from msmri.train import TrainSettings, _rate, step_seed, train
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,63 @@ def test_files_of_a_run(recipe, tmp_path):
     )
 
 
+def test_kept_weights_are_those_of_their_steps(recipe, tmp_path):
+    recipe["train"] |= {"save_every": 4, "keep_every": 2, "ema": 0.5}
+    seen = {}
+    for record in train(recipe, tmp_path / "kept"):
+        if record.step % 2 == 0:
+            seen[f"step_{record.step:06d}.safetensors"] = load_checkpoint(tmp_path / "kept" / "last.safetensors")
+            assert state_of(tmp_path / "kept")["step"] == record.step
+    assert {f.name for f in (tmp_path / "kept").glob("*.safetensors")} == {*seen, "last.safetensors"}
+    assert list(seen) == ["step_000002.safetensors", "step_000004.safetensors", "step_000006.safetensors"]
+    for step, (name, (tensors, header)) in zip((2, 4, 6), seen.items()):
+        kept, told = load_checkpoint(tmp_path / "kept" / name)
+        assert_same(kept, tensors)
+        assert told == header and told["step"] == step and "cpu_hours" in told
+    first, second = (seen[f"step_00000{step}.safetensors"][0] for step in (2, 4))
+    assert not all(torch.equal(first[name], second[name]) for name in first)
+    del recipe["train"]["keep_every"]
+    list(train(recipe, tmp_path / "none"))
+    assert [f.name for f in (tmp_path / "none").glob("*.safetensors")] == ["last.safetensors"]
+    assert_same(weights_of(tmp_path / "none"), weights_of(tmp_path / "kept"))
+
+
+@pytest.mark.parametrize("killed", [3, "step_000004.safetensors", "state.pt"])
+def test_a_resumed_run_keeps_the_same_weights(recipe, tmp_path, monkeypatch, killed):
+    recipe["train"] |= {"save_every": 5, "keep_every": 2}
+    list(train(recipe, tmp_path / "whole"))
+    if killed == 3:
+        stop_after(recipe, tmp_path / "killed", 3)
+    else:  # while it saves at step 4, as it comes to that file
+        with monkeypatch.context() as patch:
+            write, save = save_checkpoint, torch.save
+
+            def interrupted(path, tensors, header):
+                if Path(path).name == killed:
+                    raise KeyboardInterrupt
+                write(path, tensors, header)
+
+            def interrupted_state(state, path):
+                if killed == "state.pt" and state["step"] == 4:
+                    raise KeyboardInterrupt
+                save(state, path)
+
+            patch.setattr("msmri.train.save_checkpoint", interrupted)
+            patch.setattr("torch.save", interrupted_state)
+            with pytest.raises(KeyboardInterrupt):
+                list(train(recipe, tmp_path / "killed"))
+    assert state_of(tmp_path / "killed")["step"] == 2
+    list(train(recipe, tmp_path / "killed"))
+    names = sorted(f.name for f in (tmp_path / "whole").iterdir())
+    assert [name for name in names if name.startswith("step")] == [f"step_{k:06d}.safetensors" for k in (2, 4, 6)]
+    assert sorted(f.name for f in (tmp_path / "killed").iterdir()) == names
+    for name in names:
+        if name.endswith(".safetensors"):
+            one, other = (load_checkpoint(tmp_path / run / name) for run in ("killed", "whole"))
+            assert_same(one[0], other[0])
+            assert one[1] | {"cpu_hours": 0} == other[1] | {"cpu_hours": 0}
+
+
 def test_the_file_is_the_averaged_model(recipe, tmp_path):
     list(train(recipe, tmp_path))
     saved = state_of(tmp_path)
@@ -178,6 +236,16 @@ def test_global_generators_are_untouched(recipe, tmp_path):
     assert_same(weights_of(tmp_path / "a"), weights_of(tmp_path / "b"))
 
 
+def test_every_seed_and_step_has_random_numbers_of_its_own():
+    drawn = {
+        tuple(torch.rand(4, generator=torch.Generator().manual_seed(step_seed(seed, step))).tolist())
+        for seed in (0, 1, 2, 7, 123, 2**31)
+        for step in (0, 1, 2, 999, 100_000)
+    }
+    assert len(drawn) == 30
+    assert [step_seed(0, step) for step in (0, 5)] == [0, 5]
+
+
 def test_seed_changes_the_run(recipe, tmp_path):
     losses = []
     for seed in (0, 1):
@@ -208,6 +276,7 @@ def test_refuses_another_recipe_in_the_same_folder(recipe, tmp_path):
     ("change", "message"),
     [
         ({"train": {"step": 3}}, "unknown train settings: step; known: steps, pixels"),
+        ({"train": {"keep_every": -1}}, "keep_every of -1 steps makes no sense; give 0 or more"),
         ({"loss": {"use": "msmri.methods.msm_training:LinewiseMSM", "blnd": 1}}, "has no argument 'blnd'"),
         ({"model": {"use": "os:system", "command": "true"}}, "not trusted"),
     ],

@@ -1,8 +1,6 @@
 """``msmri recon``: reconstruct files with one or several methods, and score what can be scored."""
 
 import dataclasses
-import shlex
-import sys
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +9,7 @@ import typer
 
 from msmri.cli import common
 from msmri.cli.common import complain, guarded, one_line, progress_bar
+from msmri.cli.recipe import MethodOptions, Recipe, provenance
 from msmri.config import parse_value
 from msmri.errors import InputError
 
@@ -25,15 +24,17 @@ COLUMNS = {"method": "", "true R": ".2f", "PSNR": ".2f", "SSIM": ".4f", "NMSE": 
 def recon(
     inputs: common.Inputs,
     out: Annotated[Path, typer.Option("-o", "--out", help="Directory to write into.")],
+    recipe: Recipe = None,
     method: Annotated[str, typer.Option(help="Of zero-filled, cg-sense, l1-wavelet, tv, msm, ...; by commas.")] = "msm",
     mask: common.MaskOption = None,
     acceleration: common.Acceleration = 4.0,
     center_lines: common.CenterLines = None,
     mask_per: common.MaskPer = "slice",
+    noise: Annotated[
+        float, typer.Option(help="Noise to add before --mask: std of a real component over the image's maximum.")
+    ] = 0.0,
     seed: common.Seed = 0,
-    option: Annotated[
-        list[str] | None, typer.Option(help="An option of a method, such as l1-wavelet.weight=1e-3; repeatable.")
-    ] = None,
+    option: MethodOptions = None,
     prior: Annotated[Path | None, typer.Option(help="Weights of the diffusion prior, for the shipped ones.")] = None,
     samples: Annotated[int | None, typer.Option(help="Posterior samples of each slice.")] = None,
     preset: Annotated[str | None, typer.Option(help="Settings of msm: default, or paper.")] = None,
@@ -66,10 +67,13 @@ def recon(
         raise InputError(f"--mask-per {mask_per} is not slice or file")
     if maps is not None and not maps.exists():
         raise InputError("no such file or directory", mend="make coil maps with msmri coils", path=maps)
+    if not 0 <= noise < float("inf") or (noise > 0 and mask is None):
+        raise InputError(f"--noise {noise:g} cannot be added", mend="give 0 or more, and --mask with it")
     preparation = Preparation(
         law=common.find_law(mask, acceleration, center_lines),
         seed=seed,
         mask_per=mask_per,  # type: ignore[arg-type]
+        noise=noise,
         sets=common.find_sets(sets),
         maps=maps,
         crop_to=common.at_least(crop_to, 16, "--crop-to"),
@@ -90,6 +94,7 @@ def recon(
         overwrite=overwrite,
         dry_run=dry_run,
         debug=debug,
+        recipe=recipe,
     )
     if failed:
         raise typer.Exit(common.MISTAKE)
@@ -157,13 +162,14 @@ def run(
     overwrite: bool = False,
     dry_run: bool = False,
     debug: bool = False,
+    recipe: Path | None = None,
 ) -> int:
     """Reconstruct all files with a progress bar and a table at the end; give the number of failed ones."""
     from msmri.io.fastmri import list_scans
     from msmri.pipeline import reconstruct_file
 
     files = list_scans(inputs)
-    notes: dict[str, Any] = {"command": shlex.join(["msmri", *sys.argv[1:]])}
+    notes = provenance(recipe)
     if tune and not dry_run:
         methods, notes["tuning"] = tuned(methods, tune, files, preparation)
     if methods.keys() & {"l1-wavelet", "tv"}:

@@ -1,8 +1,6 @@
 """``msmri restore``: degrade photographs and restore them, or restore what is degraded already."""
 
 import dataclasses
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +8,7 @@ import typer
 
 from msmri.cli import common
 from msmri.cli.common import complain, guarded, one_line, progress_bar
+from msmri.cli.recipe import MethodOptions, Recipe, provenance
 from msmri.config import parse_value
 from msmri.errors import InputError
 
@@ -35,15 +34,14 @@ COLUMNS = {"method": "", "photographs": "", "PSNR": ".2f", "SSIM": ".4f", "secon
 def restore(
     inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Folders, zip or npz files, or images.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Directory to write into.")],
+    recipe: Recipe = None,
     task: Annotated[str, typer.Option(help="box, super-resolution, random, tiles, sensing, or blur.")] = "box",
     amount: Annotated[float | None, typer.Option(help="How much of it, see the documentation.")] = None,
     method: Annotated[str, typer.Option(help="Of msm, a-dps, ddnm, tv-image, biharmonic, ...; by commas.")] = "msm",
     weights: Annotated[Path | None, typer.Option(help="Weights, or a folder of them, for the shipped ones.")] = None,
     samples: Annotated[int | None, typer.Option(help="Posterior samples of each photograph.")] = None,
     preset: Annotated[str, typer.Option(help="Settings of msm: restoration, or paper-restoration.")] = PRESET,
-    option: Annotated[
-        list[str] | None, typer.Option(help="An option of a method, such as msm.steps=20; repeatable.")
-    ] = None,
+    option: MethodOptions = None,
     size: Annotated[int | None, typer.Option(help="Reduce to N x N; the size of the training without it.")] = None,
     split: Annotated[str, typer.Option(help="Of the photographs: all, train, or test.")] = "all",
     limit: Annotated[int | None, typer.Option(help="Only the first N photographs.")] = None,
@@ -84,7 +82,9 @@ def restore(
         f"{len(photos)} photographs of {photos.shape[0]} x {photos.shape[1]}, {chosen.name} ({chosen.amount:g}: "
         f"{chosen.what}), by {', '.join(methods)}"
     )
-    if not dry_run and run(out, methods, problem, place, resume=resume, overwrite=overwrite, debug=debug):
+    if dry_run:
+        return
+    if run(out, methods, problem, place, resume=resume, overwrite=overwrite, debug=debug, recipe=recipe):
         raise typer.Exit(common.MISTAKE)
 
 
@@ -188,7 +188,7 @@ def load_weights(name: str, path: Path, device: str) -> tuple[Any, int | None]:
     try:
         with torch.inference_mode():
             if WEIGHTS.get(name) == "faces_ambient.safetensors":
-                tried = model(blank, mask, 1.0)
+                tried = model(blank, mask, 1.0, Identity())
             elif name != "msm" or hasattr(model, "denoise"):
                 tried = model.denoise(blank, 1.0)
             else:
@@ -233,12 +233,13 @@ def run(
     resume: bool,
     overwrite: bool,
     debug: bool,
+    recipe: Path | None = None,
 ) -> int:
     """Restore all photographs by all methods, say how well, draw a sheet; give the number of methods that failed."""
     from msmri.io.output import check_writable
     from msmri.io.restored import file_names
 
-    files = file_names(problem.photos.names)
+    files, made_by = file_names(problem.photos.names), provenance(recipe)
     if not resume:
         for name in methods:
             check_writable(out / name / "restored.json", overwrite=overwrite)
@@ -248,7 +249,7 @@ def run(
             for name, chosen in methods.items():
                 task = bar.add_task(name, total=len(files))
                 try:
-                    for row, many in restore_all(out / name, chosen, problem, files, device, resume=resume):
+                    for row, many in restore_all(out / name, chosen, problem, files, device, made_by, resume=resume):
                         bar.update(task, advance=many)
                         rows.extend(row)
                 except Exception as error:
@@ -267,7 +268,16 @@ def run(
     return len(failures)
 
 
-def restore_all(folder: Path, chosen: Chosen, problem: Problem, files: list[str], device: str, *, resume: bool) -> Any:
+def restore_all(
+    folder: Path,
+    chosen: Chosen,
+    problem: Problem,
+    files: list[str],
+    device: str,
+    made_by: dict[str, Any],
+    *,
+    resume: bool,
+) -> Any:
     """Restore group by group, yielding the rows of each; the manifest is written after every group."""
     import json
     import time
@@ -292,7 +302,7 @@ def restore_all(folder: Path, chosen: Chosen, problem: Problem, files: list[str]
             raise InputError("is damaged", mend="use --overwrite", path=manifest) from error
         if not same:
             raise InputError("was made with other settings", mend="repeat those, or use --overwrite", path=manifest)
-    record: dict[str, Any] = {"command": shlex.join(["msmri", *sys.argv[1:]]), "settings": settings}
+    record: dict[str, Any] = {**made_by, "settings": settings}
     record |= {"photographs": kept, "finished": False, "device": device, "environment": environment()}
     missing = [i for i, name in enumerate(problem.photos.names) if name not in kept]
     present = [kept[name] for name in problem.photos.names if name in kept]

@@ -1,7 +1,5 @@
 """``msmri sample``: draw images from a prior, measured by nobody."""
 
-import shlex
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,6 +8,7 @@ import typer
 
 from msmri.cli import common
 from msmri.cli.common import complain, guarded, progress_bar
+from msmri.cli.recipe import Recipe, provenance
 from msmri.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ UNITS = "scaled: the 99th percentile of the root-sum-of-squares image of the cen
 @guarded
 def sample(
     out: Annotated[Path, typer.Option("-o", "--out", help="Directory to write into.")],
+    recipe: Recipe = None,
     prior: Annotated[Path | None, typer.Option(help="Weights of the prior, for the shipped ones.")] = None,
     count: Annotated[int, typer.Option(help="How many images to draw.")] = 16,
     size: Annotated[
@@ -35,6 +35,9 @@ def sample(
     masks: Annotated[int | None, typer.Option(help="Masks a step (w); 3 without it.")] = None,
     steps: Annotated[int | None, typer.Option(help="Noise levels; 50 without it.")] = None,
     eta: Annotated[float | None, typer.Option(help="Share of fresh noise a step, 0 .. 1; 1 without it.")] = None,
+    covering: Annotated[
+        bool | None, typer.Option("--covering/--independent", help="Deal the masks of a step, or draw each by itself.")
+    ] = None,
     aggregate: Annotated[str | None, typer.Option(help="Masks of a step: parallel, or sequential.")] = None,
     sigma_max: Annotated[float | None, typer.Option(help="Highest noise level, in units of the prior.")] = None,
     acceleration: Annotated[float, typer.Option("--acceleration", "-R", help="Of the masks: as in training.")] = 4.0,
@@ -61,26 +64,32 @@ def sample(
     from msmri.model.checkpoint import read_header
     from msmri.model.prior import load_prior, shipped_prior
     from msmri.physics.operators import Identity
+    from msmri.physics.tiles import RandomTiles
 
     for option, value in (("--count", count), ("--coils", coils), ("--batch", batch)):
         common.at_least(value, 1, option)
     path, place = prior or shipped_prior(), common.find_device(device)
-    recipe = (read_header(path).get("recipe") or {}) if path.suffix == ".safetensors" else {}
-    pixels = (recipe.get("data") or {}).get("size")  # of photographs; scans have none
-    model: Any = load_prior(path, device=place, in_channels=2)
+    trained = (read_header(path).get("recipe") or {}) if path.suffix == ".safetensors" else {}
+    pixels = (trained.get("data") or {}).get("size")  # of photographs; scans have none
+    model: Any = load_prior(path, device=place)
+    published = published_size(model, path)
+    if published is not None:
+        pixels, model.law = published, RandomTiles()
     told = None if law is not None else getattr(model, "law", None)
     chosen = told or common.find_law(law or "random-lines", acceleration, None)
     if chosen is None or isinstance(chosen, torch.Tensor):
         raise InputError("--law wants the name of a law, not a file", path=law)
     if pixels is not None and sigma_max is None:
-        sigma_max = (recipe.get("loss") or {}).get("sigma_max")
-    given = {"masks_per_step": masks, "steps": steps, "eta": eta, "aggregate": aggregate, "sigma_max": sigma_max}
+        sigma_max = (trained.get("loss") or {}).get("sigma_max")
+    given = {"masks_per_step": masks, "steps": steps, "eta": eta, "covering": covering, "aggregate": aggregate}
+    given["sigma_max"] = sigma_max
     given = {name: value for name, value in given.items() if value is not None}
     method = Generation.preset(preset, prior=model, law=chosen, batch=batch, **given)
     if pixels is None:
         encoding, shape, origin = find_encoding(size or "128x128", coils, maps, map_slice, seed)
     else:
-        if not callable(model) or hasattr(model, "denoise") or hasattr(model, "further"):
+        draws = callable(model) and not hasattr(model, "denoise") and not hasattr(model, "further")
+        if published is None and not draws:
             raise InputError("these weights do not draw by MSM", mend="give those of an MSM recipe", path=path)
         encoding, shape, origin = Identity(), (3, *find_matrix(size or f"{pixels}x{pixels}")), {}
     settings = {
@@ -97,7 +106,21 @@ def sample(
         f"{chosen.describe(shape[-2:])}"
     )
     if not dry_run:
-        run(out, count, method, encoding, shape, settings, seed, place, resume=resume, overwrite=overwrite)
+        more = {"resume": resume, "overwrite": overwrite}
+        run(out, count, method, encoding, shape, settings, seed, place, provenance(recipe), **more)
+
+
+def published_size(model: Any, path: Path) -> int | None:
+    """Give the pixels along each side of what published weights for photographs draw, None for any other prior."""
+    from msmri.model.adm import ADMUNet
+    from msmri.model.denoiser import EpsilonVP
+
+    if not isinstance(model, EpsilonVP) or not isinstance(model.network, ADMUNet):
+        return None
+    if model.network.config.in_channels != 3:
+        problem = f"the weights are for {model.network.config.in_channels} real channels, not 2 or 3"
+        raise InputError(problem, mend="give those of scans or of photographs", path=path)
+    return model.network.config.image_size
 
 
 def find_encoding(
@@ -145,6 +168,7 @@ def run(
     settings: dict[str, Any],
     seed: int,
     device: str,
+    made_by: dict[str, Any],
     *,
     resume: bool,
     overwrite: bool,
@@ -193,7 +217,7 @@ def run(
                 out.rmdir()  # made for nothing
     image_sheet(out / "samples.png", read_samples(path))
     manifest = {
-        "command": shlex.join(["msmri", *sys.argv[1:]]),
+        **made_by,
         "count": count,
         "settings": settings,
         "ladder": method.ladder(),

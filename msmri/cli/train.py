@@ -22,9 +22,11 @@ def train(
     debug: common.Debug = False,
 ) -> None:
     """Train a prior by recipe; interrupted (Ctrl-C), the same command goes on where it stopped."""
+    from msmri.cli.recipe import require_command
     from msmri.config import load_recipe
 
     resolved = load_recipe(recipe, settings or [])
+    require_command(resolved, "train", recipe)
     if dry_run:
         import yaml
 

@@ -10,16 +10,20 @@ from torch import Generator, Tensor
 
 from msmri.errors import InputError
 from msmri.io.fastmri import Scan, list_scans, open_scan
+from msmri.io.kspace import undersample
 from msmri.io.output import read_maps, write_maps
 from msmri.measurement import Measurement
 from msmri.physics.coils import compress_coils, estimate_noise_std
 from msmri.physics.espirit import Espirit
-from msmri.physics.operators import CoilFourier
+from msmri.physics.masks import MaskLaw, RandomLines, draw_masks, slice_seed
+from msmri.physics.operators import CoilFourier, Subsample
+from msmri.tensors import Mask
 
 
 @dataclass
 class _Scan:
-    measured: list[Tensor]  # complex64 values of each slice, scaled, in the order of its mask: the rest is zero
+    held: list[Tensor]  # complex64 values of each slice, scaled, in the order of ``places``: the rest is zero
+    places: Tensor  # what is held of each slice: its mask, or more where batches have masks of their own
     shape: tuple[int, int, int, int]  # (slice, coil, ky, kx)
     mask: Tensor
     maps: Tensor  # half precision real view (slice, set, coil, y, x, 2)
@@ -28,10 +32,10 @@ class _Scan:
     source: tuple[str, ...]
 
     def values(self, chosen: Tensor) -> Tensor:
-        """Give the k-space (len(chosen), coil, ky, kx) of some slices, zero where it was not measured."""
+        """Give the k-space (len(chosen), coil, ky, kx) held of some slices, zero elsewhere."""
         values = torch.zeros(len(chosen), *self.shape[1:], dtype=torch.complex64)
         for target, index in zip(values, chosen.tolist()):
-            target[self.mask[index].expand_as(target)] = self.measured[index]
+            target[self.places[index].expand_as(target)] = self.held[index]
         return values
 
 
@@ -63,6 +67,22 @@ class _Scans:
         """Refuse a scan that is not of the kind asked for; ``slices`` are all its slices."""
         raise NotImplementedError
 
+    def _first(self, item: Measurement) -> Measurement:
+        """Give of a slice as read what maps, scale, noise level and spectrum come from."""
+        return item
+
+    def _held(self, item: Measurement, first: Measurement) -> Measurement:
+        """Give of a slice as read what is kept in memory for batches."""
+        return first
+
+    def _masks(self, scan: _Scan, chosen: Tensor, rng: Generator) -> Mask:
+        """Give the masks (len(chosen), 1, 1 or ky, kx) of slices in a batch, ``rng`` left as it is."""
+        return scan.mask[chosen]
+
+    def _maps_file(self, stem: str) -> str:
+        """Name the file of a scan's coil maps in the cache."""
+        return self.map_files.format(stem)
+
     def _load(self, number: int) -> _Scan:
         if number in self._scans:
             return self._scans[number]
@@ -71,14 +91,17 @@ class _Scans:
             scan = replace(opened, target_name=None)
             slices = [scan.read(index) for index in range(scan.n_slices)]
             self._check(scan, slices)
-        values = torch.cat([item.values for item in slices])
-        mask = torch.cat([item.mask for item in slices])
+        first = [self._first(item) for item in slices]
+        held = [self._held(item, taken) for item, taken in zip(slices, first)]
+        values, kept = (torch.cat([item.values for item in items]) for items in (first, held))
+        mask, places = (torch.cat([item.mask for item in items]) for items in (first, held))
         if values.shape[1] > self.max_coils:
-            values, _ = compress_coils(values, self.max_coils)
-            values = torch.where(mask, values, torch.zeros((), dtype=values.dtype))
+            values, matrix = compress_coils(values, self.max_coils)
+            values = Subsample(mask)(values)
+            kept = Subsample(places)(torch.einsum("bvc,bcyx->bvyx", matrix, kept))
         whole = Measurement(values, mask)
         scale = whole.centre_scale()
-        store = Path(self.cache) / self.map_files.format(path.stem) if self.cache else None
+        store = Path(self.cache) / self._maps_file(path.stem) if self.cache else None
         if store is not None and store.exists():
             maps = read_maps(store)
             if (len(maps), *maps.shape[2:]) != tuple(values.shape):
@@ -90,9 +113,10 @@ class _Scans:
                 store.parent.mkdir(parents=True, exist_ok=True)
                 write_maps(store, maps)
         noise = estimate_noise_std(values, mask).reshape(-1, 1, 1, 1) / scale
-        values = values / scale
+        kept = kept / scale
         loaded = _Scan(
-            [each[measured.expand_as(each)].to(torch.complex64) for each, measured in zip(values, mask)],
+            [each[where.expand_as(each)].to(torch.complex64) for each, where in zip(kept, places)],
+            places,
             (values.shape[0], values.shape[1], values.shape[2], values.shape[3]),
             mask,
             torch.view_as_real(maps).half(),
@@ -110,9 +134,10 @@ class _Scans:
         n = max(1, min(total, round(pixels / (height * width))))
         chosen = torch.randperm(total, generator=rng)[:n]
         maps = torch.view_as_complex(scan.maps[chosen].float())
+        mask = self._masks(scan, chosen, rng)
         return Measurement(
-            scan.values(chosen),
-            scan.mask[chosen],
+            Subsample(mask)(scan.values(chosen)),
+            mask,
             CoilFourier(maps),
             noise_std=scan.noise_std[chosen],
             scale=scan.scale[chosen],
@@ -190,6 +215,47 @@ class FullScans(_Scans):
         if missing:
             mend = "give fully sampled scans, or read undersampled ones by TrainingScans"
             raise InputError(f"slice {missing[0]} is undersampled", mend=mend, path=scan.path)
+
+
+@dataclass
+class UndersampledScans(FullScans):
+    """Slices of fully sampled scans that are undersampled as they are read, one mask a slice: as TrainingScans.
+
+    The mask of a slice follows from its name and ``seed``, and nothing else of the slice is kept: batches are those
+    that :class:`TrainingScans` gives of the same scans undersampled once, as docs/train.md shows.
+
+    With ``redraw`` the slice is kept whole and every batch undersamples it anew, as the released code of MSM does:
+    over many epochs the loss then sees nearly all of it, though never two masks at once. It is there to tell what
+    that changes. Maps, scale, noise level and spectrum still come from the slice's first mask alone, and the
+    generator of a batch moves on as without, so that the masks are all that differs.
+    """
+
+    law: MaskLaw = field(default_factory=lambda: RandomLines(acceleration=4.0))  # of the masks
+    seed: int = 0  # of the masks, together with the name of the slice
+    redraw: bool = False  # a new mask for every slice of every batch
+
+    def _draw(self, item: Measurement) -> Mask:
+        rng = Generator().manual_seed(slice_seed(item.source[0], self.seed))
+        return draw_masks(self.law, (item.values.shape[-2], item.values.shape[-1]), [rng])
+
+    def _first(self, item: Measurement) -> Measurement:
+        return undersample(item, self._draw(item))
+
+    def _held(self, item: Measurement, first: Measurement) -> Measurement:
+        return item if self.redraw else first
+
+    def _masks(self, scan: _Scan, chosen: Tensor, rng: Generator) -> Mask:
+        if not self.redraw:
+            return scan.mask[chosen]
+        now = Generator()
+        now.set_state(rng.get_state())
+        step = int(torch.randint(0, 2**62, (), generator=now))
+        seeds = [slice_seed(f"{scan.source[int(i)]}/{step}", self.seed) for i in chosen]
+        masks = draw_masks(self.law, scan.shape[-2:], [Generator().manual_seed(seed) for seed in seeds])
+        return masks & scan.places[chosen]
+
+    def _maps_file(self, stem: str) -> str:
+        return f"{stem}_{self.law.name}_{slice_seed(repr(self.law), self.seed):016x}_maps.h5"
 
 
 def _is_complete(item: Measurement, scan: Scan) -> bool:

@@ -1,6 +1,5 @@
 """Scans in the fastMRI HDF5 layout: opened with every check, read one slice at a time, written."""
 
-import difflib
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,14 +16,12 @@ from torch import Tensor
 from msmri.errors import InputError, InputWarning
 from msmri.io.header import Header, read_header, write_header
 from msmri.io.kspace import centre_crop, crop_readout, is_zero_filled, normalise_mask
+from msmri.io.layout import LAYOUT, find_target, kspace_shape
 from msmri.io.output import atomic, open_hdf5
 from msmri.measurement import Measurement
-from msmri.physics.operators import Subsample
 from msmri.tensors import Mask
 
-LAYOUT = "(slices, coil, ky, kx), or (slices, ky, kx) for a single coil"
 STRAY_ZEROS = 0.01  # share of zeros among the sampled lines up to which they are measured zeros, not a 2-D mask
-MEND_COMPLEX = "store it as one complex64 array, kspace = real + 1j * imaginary"
 
 
 class Sampling(NamedTuple):
@@ -160,7 +157,8 @@ class Scan:
         stored = self._values(index)
         sampling = self._sampling(stored, index)
         mask = torch.from_numpy(sampling.mask)[None, None]
-        values = Subsample(mask)(torch.from_numpy(stored)[None])
+        np.copyto(stored, 0, where=~sampling.mask)  # in place: k-space of all coils is large
+        values = torch.from_numpy(stored)[None]
         if not bool(values.any()):
             raise InputError(
                 f"slice {index} holds only zeros where the mask samples", mend="check the mask's order", path=self.path
@@ -243,8 +241,8 @@ def open_scan(path: str | Path, *, crop_readout: bool = True) -> Scan:
     path = Path(path)
     file = open_hdf5(path)
     try:
-        shape = _kspace_shape(file, path)
-        target_name, target_shape = _find_target(file, path, shape)
+        shape = kspace_shape(file, path)
+        target_name, target_shape = find_target(file, path, shape)
         header = read_header(file, path)
         if header is not None and header.encoded != shape[2:]:
             _warn(f"{path}: ismrmrd_header tells of {header.encoded} k-space, but kspace is {shape[2:]}")
@@ -349,52 +347,6 @@ def write_scan(
         file["ismrmrd_header"] = header if isinstance(header, str) else write_header(header)
         for key, value in (told | dict(attributes or {})).items():
             file.attrs[key] = value
-
-
-def _kspace_shape(file: h5py.File, path: Path) -> tuple[int, int, int, int]:
-    """Check name, type and rank of k-space, and give its shape with a coil axis."""
-    kspace = file.get("kspace")
-    if not isinstance(kspace, h5py.Dataset):
-        raise _misnamed(file, path)
-    if kspace.dtype.kind != "c":
-        kind = "a compound of its parts" if kspace.dtype.kind == "V" else str(kspace.dtype)
-        raise InputError(f"kspace is not complex but {kind}", mend=MEND_COMPLEX, path=path)
-    shape = kspace.shape
-    if len(shape) not in (3, 4):
-        raise InputError(f"kspace has {len(shape)} axes {shape}", mend=f"store it as {LAYOUT}", path=path)
-    if 0 in shape:
-        what = ("slices", "coils", "rows", "columns")[
-            ([*shape[:1], 1, *shape[1:]] if len(shape) == 3 else shape).index(0)
-        ]
-        raise InputError(f"kspace has no {what}, its shape is {shape}", mend="write the file again", path=path)
-    return (shape[0], 1, *shape[1:]) if len(shape) == 3 else shape
-
-
-def _misnamed(file: h5py.File, path: Path) -> InputError:
-    """Make the error for a file without ``kspace``, naming the dataset that was probably meant."""
-    names: list[str] = []
-    file.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
-    if "dataset/xml" in names:
-        return InputError("is an ISMRMRD raw file", mend="convert it to the fastMRI layout first", path=path)
-    last = {name.rsplit("/", 1)[-1].lower(): name for name in names}
-    near = difflib.get_close_matches("kspace", last, n=1)
-    if near:
-        return InputError("has no dataset 'kspace'", mend=f"rename {last[near[0]]!r} to 'kspace'", path=path)
-    return InputError("has no dataset 'kspace'", mend=f"it holds {', '.join(names[:8]) or 'no datasets'}", path=path)
-
-
-def _find_target(
-    file: h5py.File, path: Path, shape: tuple[int, int, int, int]
-) -> tuple[str | None, tuple[int, int] | None]:
-    names = ["reconstruction_rss", "reconstruction_esc"]
-    for name in names if file["kspace"].ndim == 4 else reversed(names):
-        dataset = file.get(name)
-        if not isinstance(dataset, h5py.Dataset):
-            continue
-        if dataset.ndim == 3 and len(dataset) == shape[0] and dataset.dtype.kind in "fiu":
-            return name, dataset.shape[1:]
-        _warn(f"{path}: {name} has shape {dataset.shape} for {shape[0]} slices, so it is not a reference", depth=4)
-    return None, None
 
 
 def _array(values: Tensor | np.ndarray) -> np.ndarray:

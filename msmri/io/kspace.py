@@ -40,11 +40,16 @@ def crop_readout(kspace: KSpace, rows: int) -> KSpace:
     """Crop the image of ``kspace`` (..., ky, kx) to its ``rows`` central rows, along ky alone.
 
     The transforms are orthonormal on either size, so pixel values and the standard deviation of white noise in
-    k-space both stay as they were.
+    k-space both stay as they were. One coil is done after the other, so that little is held beside the result.
     """
-    image = torch.fft.fftshift(torch.fft.ifft(torch.fft.ifftshift(kspace, dim=-2), dim=-2, norm="ortho"), dim=-2)
-    image = centre_crop(image, (rows, kspace.shape[-1]))
-    return torch.fft.fftshift(torch.fft.fft(torch.fft.ifftshift(image, dim=-2), dim=-2, norm="ortho"), dim=-2)
+    columns = kspace.shape[-1]
+    coils = kspace.reshape(-1, *kspace.shape[-2:])
+    cropped = coils.new_empty(len(coils), rows, columns)
+    for coil, kept in zip(coils, cropped):
+        image = torch.fft.fftshift(torch.fft.ifft(torch.fft.ifftshift(coil, dim=-2), dim=-2, norm="ortho"), dim=-2)
+        image = torch.fft.ifftshift(centre_crop(image, (rows, columns)), dim=-2)
+        kept.copy_(torch.fft.fftshift(torch.fft.fft(image, dim=-2, norm="ortho"), dim=-2))
+    return cropped.reshape(*kspace.shape[:-2], rows, columns)
 
 
 def centre_crop(image: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from msmri.errors import InputError
 from msmri.measurement import Measurement, Reconstruction
 from msmri.methods import combine_sets
+from msmri.methods.references import AALI, CHUNG, JALAL, WANG, ZHU
 from msmri.model.ambient import AmbientDenoiser, FurtherLines, FurtherMask
 from msmri.model.denoiser import Denoiser
 from msmri.physics.coils import estimate_noise_std
@@ -32,35 +33,6 @@ from msmri.sampling.likelihood import proximal
 from msmri.sampling.reverse import Step, reverse_diffusion
 from msmri.tensors import Image, KSpace, Mask, Rng, Sigma, normal_like, spawn
 
-AALI = """@inproceedings{aali2025ambient,
-  title = {Ambient Diffusion Posterior Sampling: Solving Inverse Problems with Diffusion Models Trained on
-    Corrupted Data},
-  author = {Aali, Asad and Daras, Giannis and Levac, Brett and Kumar, Sidharth and Dimakis, Alexandros G. and Tamir,
-    Jonathan I.},
-  booktitle = {International Conference on Learning Representations}, year = {2025}, note = {arXiv:2403.08728}
-}"""
-JALAL = """@inproceedings{jalal2021robust,
-  title = {Robust Compressed Sensing {MRI} with Deep Generative Priors},
-  author = {Jalal, Ajil and Arvinte, Marius and Daras, Giannis and Price, Eric and Dimakis, Alexandros G. and Tamir,
-    Jonathan I.},
-  booktitle = {Advances in Neural Information Processing Systems}, year = {2021}
-}"""
-CHUNG = """@inproceedings{chung2023diffusion,
-  title = {Diffusion Posterior Sampling for General Noisy Inverse Problems},
-  author = {Chung, Hyungjin and Kim, Jeongsol and McCann, Michael T. and Klasky, Marc L. and Ye, Jong Chul},
-  booktitle = {International Conference on Learning Representations}, year = {2023}
-}"""
-WANG = """@inproceedings{wang2023zero,
-  title = {Zero-Shot Image Restoration Using Denoising Diffusion Null-Space Model},
-  author = {Wang, Yinhuai and Yu, Jiwen and Zhang, Jian},
-  booktitle = {International Conference on Learning Representations}, year = {2023}
-}"""
-ZHU = """@inproceedings{zhu2023denoising,
-  title = {Denoising Diffusion Models for Plug-and-Play Image Restoration},
-  author = {Zhu, Yuanzhi and Zhang, Kai and Liang, Jingyun and Cao, Jiezhang and Wen, Bihan and Timofte, Radu and
-    Van Gool, Luc},
-  booktitle = {{CVPR} Workshop on New Trends in Image Restoration and Enhancement}, year = {2023}
-}"""
 AMBIENT, ORACLE = "adps_r4.safetensors", "oracle.safetensors"  # in msmri/weights
 NOISE_FLOOR = 1e-3  # least std of measured k-space, in scaled units
 
@@ -251,6 +223,10 @@ class ADPS(_Sampler):
     # that acceleration
     further: FurtherMask | None = None  # what training took away from them; None: what the weights tell, else
     # ``FurtherLines`` of that acceleration
+    prior_mask: Literal["law", "scan"] = (
+        "law"  # where P~ comes from: as published, or the mask of the scan with further
+    )
+    # lines taken away, so that what the network is shown are lines that the data tell. Not for degraded data
 
     name: ClassVar[str] = "a-dps"
     reference: ClassVar[str] = AALI
@@ -259,15 +235,29 @@ class ADPS(_Sampler):
     recipe: ClassVar[str] = "adps_small.yaml"
     at: ClassVar[Literal["estimate", "state"]] = "estimate"
 
-    def prior_masks(self, shape: tuple[int, int], rng: Rng, model: AmbientEstimator | None = None) -> Mask:
-        """Draw P~ for images of ``shape``, one a generator: (sample, 1, 1 or ky, kx)."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prior_mask not in ("law", "scan"):
+            raise InputError(f"{self.name} cannot use prior_mask={self.prior_mask}", mend="'law' or 'scan'")
+
+    def prior_masks(
+        self, shape: tuple[int, int], rng: Rng, model: AmbientEstimator | None = None, known: Mask | None = None
+    ) -> Mask:
+        """Draw P~ for images of ``shape``, one a generator: (sample, 1, 1 or ky, kx); parts of ``known`` if given."""
         law = self.law or getattr(model, "law", None) or RandomLines(self.acceleration)
         further = self.further or getattr(model, "further", None) or FurtherLines(self.acceleration)
-        return torch.stack([further(law.draw(shape, generator), generator) for generator in rng])
+        return torch.stack(
+            [further(law.draw(shape, generator) if known is None else known, generator) for generator in rng]
+        )
 
     def _sample(self, model: AmbientEstimator, one: Slice, rng: Rng) -> Iterator[Step]:
+        known = one.mask[0] if self.prior_mask == "scan" else None
+        if known is not None and not isinstance(one.degradation, Identity):
+            raise InputError(
+                f"{self.name}: prior_mask 'scan' needs data that are a part of a full measurement", mend="use 'law'"
+            )
         *_, rows, columns = one.encoding(one.blank()).shape
-        shown = Subsample(self.prior_masks((rows, columns), rng, model).to(one.values.device))
+        shown = Subsample(self.prior_masks((rows, columns), rng, model, known).to(one.values.device))
         seen = shown @ one.encoding
 
         def denoise(noisy: Image, sigma: float) -> Image:

@@ -3,6 +3,7 @@
 import copy
 import math
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -314,6 +315,11 @@ class Following:
     def __init__(self, prior: MeasurementPartial, gain: Tensor | None = None) -> None:
         self.prior, self.gain = prior, gain
         self.first: Image | None = None
+
+    @property
+    def law(self) -> Any:
+        """The law of the masks of the prior's training data, where its weights tell it."""
+        return getattr(self.prior, "law", None)
 
     def __call__(self, state: KSpace, mask: Mask, encoding: LinearOperator, sigma: Sigma) -> KSpace:
         """Estimate the clean measurement on the mask, zero elsewhere, as the prior does."""

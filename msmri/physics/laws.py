@@ -89,3 +89,10 @@ class MaskLaw(ABC):
             mask[hand] = True
         masks = masks.reshape(n, *given.shape)
         return masks if include is None else masks.to(include.device) | include
+
+
+def checked_centre(name: str, lines: int, size: int) -> int:
+    """Give the number of central ``lines`` of the law ``name``; refuse more than the ``size`` there is."""
+    if not 0 <= lines <= size:
+        raise InputError(f"{name}: {lines} centre lines do not fit a matrix of {size}", mend="give a smaller centre")
+    return lines

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from msmri.errors import InputError
-from msmri.io.dataset import TrainingScans
-from msmri.io.fastmri import open_scan, write_scan
-from msmri.model.partial import radial_frequency
+from msmri.io.dataset import TrainingScans, UndersampledScans
+from msmri.io.fastmri import Scan, open_scan, write_scan
+from msmri.methods.msm_training import LinewiseMSM
+from msmri.model.partial import MeasurementPartial, radial_frequency
 from msmri.physics.coils import estimate_noise_std
 from msmri.physics.espirit import Espirit
-from msmri.physics.masks import RandomLines, draw_masks
+from msmri.physics.masks import RandomLines, draw_masks, slice_seed
 from msmri.physics.operators import Subsample
 from msmri.physics.simulate import coil_maps, phantom, simulate_kspace
 from msmri.tensors import generators
@@ -212,3 +213,108 @@ def test_frozen_settings_do_not_leak_between_instances(folder):
     one, two = TrainingScans(str(folder)), TrainingScans(str(folder), calibration=replace(Espirit(crop=0.0), sets=2))
     assert one.calibration.sets == 1
     assert two.batch(torch.Generator(), pixels=1).encoding.maps.shape[1] == 2
+
+
+# scans undersampled as they are read
+
+
+def full_and_undersampled(folder, *, seed=0, coils=4):
+    """Write full scans, and the same scans undersampled once as docs/train.md shows; give both folders."""
+    for name in ("full", "once"):
+        (folder / name).mkdir()
+    for number, shape in enumerate([(40, 36), (33, 41)]):
+        values, _ = scan(folder / "full" / f"s{number}.h5", shape, seed=number, coils=coils, undersampled=False)
+        seeds = [slice_seed(f"s{number}.h5#{index}", seed) for index in range(len(values))]
+        mask = draw_masks(LAW, shape, [torch.Generator().manual_seed(one) for one in seeds])
+        write_scan(folder / "once" / f"s{number}.h5", torch.where(mask, values, 0), mask=mask[:, 0].numpy())
+    return str(folder / "full"), str(folder / "once")
+
+
+def assert_same(a, b):
+    assert a.source == b.source and torch.equal(a.values, b.values) and torch.equal(a.mask, b.mask)
+    assert torch.equal(a.encoding.maps, b.encoding.maps)
+    assert torch.equal(a.noise_std, b.noise_std) and torch.equal(a.scale, b.scale)
+
+
+@pytest.mark.parametrize(("coils", "seed"), [(4, 0), (7, 5)])
+def test_undersampled_on_reading_is_undersampled_once(tmp_path, coils, seed):
+    full, once = full_and_undersampled(tmp_path, seed=seed, coils=coils)
+    ours, theirs = UndersampledScans(full, law=LAW, seed=seed, max_coils=5), TrainingScans(once, max_coils=5)
+    for number in range(8):
+        streams = [torch.Generator().manual_seed(number) for _ in range(2)]
+        assert_same(*(data.batch(rng, pixels=3000) for data, rng in zip((ours, theirs), streams)))
+        assert torch.equal(streams[0].get_state(), streams[1].get_state())
+    assert torch.equal(ours.spectrum(torch.Generator()), theirs.spectrum(torch.Generator()))
+    assert all(torch.equal(held.places, held.mask) for held in ours._scans.values())  # nothing else is kept
+    with pytest.raises(InputError, match="is undersampled"):
+        UndersampledScans(once, law=LAW).batch(torch.Generator(), pixels=1)
+
+
+def test_masks_drawn_anew_are_all_that_differs(tmp_path):
+    full, _ = full_and_undersampled(tmp_path)
+    fixed, redrawn = (UndersampledScans(full, law=LAW, redraw=redraw) for redraw in (False, True))
+    with_all = UndersampledScans(full, law=RandomLines(1.0), redraw=True)
+    seen, alone = {}, {}
+    for number in range(12):
+        rng, other = (torch.Generator().manual_seed(number) for _ in range(2))
+        a, b = fixed.batch(rng, pixels=3000), redrawn.batch(other, pixels=3000)
+        whole = with_all.batch(torch.Generator().manual_seed(number), pixels=3000)
+        assert torch.equal(rng.get_state(), other.get_state())  # the loss draws the same numbers after it
+        assert a.source == b.source and torch.equal(a.encoding.maps, b.encoding.maps)
+        assert torch.equal(a.scale, b.scale) and torch.equal(a.noise_std, b.noise_std)
+        assert not bool(b.values[~b.mask.expand_as(b.values)].any())
+        expected = torch.where(b.mask, whole.values * whole.scale, 0)
+        torch.testing.assert_close(b.values * b.scale, expected, rtol=1e-5, atol=1e-6)
+        for source, old, new in zip(a.source, a.mask, b.mask):
+            assert not torch.equal(old, new)
+            seen.setdefault(source, []).append(new)
+            alone.setdefault(source, []).append(old)
+    assert all(torch.equal(masks[0], mask) for masks in alone.values() for mask in masks)
+    masks = torch.cat([mask for masks in seen.values() for mask in masks if mask.shape[-1] == 36])
+    assert len({tuple(mask.flatten().tolist()) for mask in masks}) == len(masks) > 8
+    share = LAW.inclusion_probability((40, 36)).float().mean()
+    assert abs(float(masks.float().mean()) - float(share)) < 0.06
+    assert torch.equal(fixed.spectrum(torch.Generator()), redrawn.spectrum(torch.Generator()))
+    again = UndersampledScans(full, law=LAW, redraw=True)
+    assert_same(*(data.batch(torch.Generator().manual_seed(3), pixels=3000) for data in (redrawn, again)))
+
+
+class FirstTwo(torch.nn.Module):
+    def forward(self, image, condition):
+        return 0.1 * image[:, :2]
+
+
+@pytest.mark.parametrize("redraw", [False, True])
+def test_nothing_outside_the_masks_reaches_the_loss(tmp_path, monkeypatch, redraw):
+    full, _ = full_and_undersampled(tmp_path, coils=6)
+    model = MeasurementPartial(FirstTwo(), wiener_iterations=2)
+    first = UndersampledScans(full, law=LAW)
+    masks = {}
+    for number in range(2):
+        loaded = first._load(number)
+        masks |= dict(zip(loaded.source, loaded.mask[:, None]))
+    read, allowed = Scan.read, {}
+
+    def poisoned(self, index):
+        item = read(self, index)
+        where = allowed.get(item.source[0])
+        return item if where is None else replace(item, values=torch.where(where, item.values, torch.nan))
+
+    def look(number):
+        rng = torch.Generator().manual_seed(number)
+        batch = UndersampledScans(full, law=LAW, redraw=redraw, max_coils=5).batch(rng, pixels=3000)
+        return batch, LinewiseMSM()(model, batch, rng)
+
+    monkeypatch.setattr(Scan, "read", poisoned)
+    for number in range(4):
+        allowed.clear()
+        batch, loss = look(number)
+        allowed |= masks  # coil maps and the like come from these
+        if redraw:
+            allowed |= {name: masks[name] | mask for name, mask in zip(batch.source, batch.mask)}
+        again, same = look(number)
+        assert_same(batch, again)
+        assert bool(loss.isfinite()) and torch.equal(loss, same)
+        if redraw:  # the poison is there: masks of their own would meet it
+            allowed |= masks
+            assert bool(look(number)[0].values.isnan().any())

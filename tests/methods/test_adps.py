@@ -16,6 +16,7 @@ from msmri.model.denoiser import GaussianDenoiser
 from msmri.model.unet import UNet
 from msmri.physics.fourier import fft2c, ifft2c
 from msmri.physics.operators import CoilFourier, Identity, Subsample
+from msmri.physics.restoration import BlockAverage
 from msmri.sampling.guided import guided_euler
 from msmri.sampling.schedule import karras
 from msmri.tensors import generators, normal_like
@@ -464,6 +465,31 @@ def test_what_the_ambient_prior_is_asked():
     outer[..., 160 - 12 : 160 + 13] = False
     assert bool(drawn[..., 148:173].all())
     assert float(outer.sum((1, 2, 3)).float().mean()) == pytest.approx(295 / 2 - 54, abs=2)
+
+
+def test_prior_masks_may_be_parts_of_the_scans_own():
+    measurement, _, _ = problem(batch=2)
+    calls = []
+
+    def prior(aliased, mask, sigma, encoding):
+        calls.append(mask)
+        return 0.9 * aliased
+
+    further = FurtherLines(1.5, centre_fraction=0.0)
+    method = ADPS(prior, samples=3, batch=3, steps=2, further=further, prior_mask="scan")
+    list(method.iterate(measurement, generators(0, 2)))
+    assert len(calls) == 4 and torch.equal(calls[0], calls[1])
+    masks = measurement.mask.expand(2, -1, -1, -1)
+    for which in (0, 1):
+        drawn = calls[2 * which]
+        gone = masks[which] & ~drawn
+        assert drawn.shape == (3, 1, 1, 16) and not bool((drawn & ~masks[which]).any())
+        assert gone.sum((1, 2, 3)).tolist() == [further.count(16)] * 3 and not torch.equal(drawn[0], drawn[1])
+    coarse = Measurement(torch.zeros(1, 1, 4, 4), torch.ones(1, 1, 4, 4, dtype=torch.bool), BlockAverage(2), 0.1)
+    with pytest.raises(InputError, match="part of a full measurement"):
+        method(replace(coarse, full_scale=1.0), generators(0, 1))
+    with pytest.raises(InputError, match="prior_mask"):
+        ADPS(prior, prior_mask="own")
 
 
 def test_a_ald_never_goes_back_through_the_network():

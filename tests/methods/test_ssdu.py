@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from msmri.errors import InputError
+from msmri.interop.deepinv import from_coils, to_channels, to_coils
 from msmri.io import write_scan
 from msmri.io.dataset import FullScans, TrainingScans
 from msmri.measurement import Measurement
@@ -256,6 +257,82 @@ def test_gradient_of_the_image_stays_inside_lambda():
     expected = batch.encoding.adjoint(0.5 * error / l2**2 + 0.5 * sign / l1)
     torch.testing.assert_close(image.grad, expected, rtol=1e-4, atol=1e-7)
     assert bool(back.isfinite().all())
+
+
+# DeepInverse's splitting loss
+
+
+class _Given:
+    """The split that another loss drew, as DeepInverse's generator of splits."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def step(self, batch_size, input_mask=None):
+        return {"mask": self.seen.expand(batch_size, 2, -1, -1)}
+
+
+class _Model(nn.Module):
+    """Our network as one of DeepInverse's, which is told of the split by its own physics."""
+
+    def __init__(self, model, seen, encoding):
+        super().__init__()
+        self.model, self.seen, self.encoding, self.given = model, seen, encoding, None
+
+    def forward(self, y, physics):
+        self.given = from_coils(y)
+        return to_channels(self.model(self.given, self.seen > 0, self.encoding))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # DeepInverse says that a composed operator has no SVD
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("shape", [(24, 20), (17, 23)])
+def test_l2_term_is_deepinvs_splitting_loss(law, shape):
+    """Theirs is, for C coils, the mean square of 2 C ky kx real numbers, over the share |Lambda| / (ky kx): the square
+
+    of the residual's norm over 2 C |Lambda|. Ours is that norm over the norm of what was measured on Lambda. So
+
+        theirs = ours^2 * ||y on Lambda||^2 / (2 C |Lambda|),
+
+    with one split and one slice: theirs pools the slices of a batch, ours is a mean of each one's norm.
+    """
+    deepinv = pytest.importorskip("deepinv")
+    batch, network_of = batch_of(2, shape), network()
+    if law != "columns":
+        mask = batch.mask & omega(shape, n=2, share=0.8)  # whole columns, with holes
+        batch = replace(batch, values=Subsample(mask)(batch.values), mask=mask)
+    ours, reckoned, gradients = [], [], []
+    for i in range(2):
+        one = replace(
+            batch, values=batch.values[i : i + 1], mask=batch.mask[i : i + 1], source=batch.source[i : i + 1],
+            encoding=CoilFourier(batch.encoding.maps[i : i + 1]),
+        )  # fmt: skip
+        recorder = Recorder(network_of)
+        value, gradient = step(SSDULoss(Split(law), l1=0.0), recorder, one)
+        theta = recorder.seen[-1][1].expand(1, 1, *shape)
+        held = one.mask.expand(1, 1, *shape) & ~theta
+        measured = one.mask.expand(1, 1, *shape).float()
+        physics = deepinv.physics.MultiCoilMRI(measured, one.encoding.maps[:, 0], img_size=(2, *shape))
+        loss = deepinv.loss.SplittingLoss(mask_generator=_Given(theta.float()), eval_n_samples=1)
+        inner = _Model(network_of, theta, one.encoding)
+        adapted = loss.adapt_model(inner).train()
+        y, y_norm = to_coils(one.values), torch.where(held, one.values, 0).norm()
+        network_of.zero_grad(set_to_none=True)
+        image = adapted(y, physics, update_parameters=True)
+        theirs = loss(image, y, physics, adapted)
+        theirs.backward()
+        assert torch.equal(inner.given, recorder.seen[-1][0])  # the same k-space reaches the network
+        factor = y_norm**2 / (2 * y.shape[2] * held.sum())
+        assert float(theirs) == pytest.approx(float(value**2 * factor), rel=1e-4)
+        ours.append(float(value))
+        reckoned.append(float((theirs / factor).sqrt()))
+        for name, parameter in network_of.named_parameters():  # d theirs = 2 ours factor d ours
+            expected = 2 * value * factor * gradient[f"model.{name}"]
+            gradients.append(float((parameter.grad - expected).norm() / expected.norm()))
+    assert max(gradients) < 1e-3
+    together = SSDULoss(Split(law), l1=0.0)(network_of, batch, stream())
+    assert float(together) == pytest.approx(sum(reckoned) / 2, rel=1e-4)
+    assert ours[0] != pytest.approx(ours[1], rel=1e-3)
 
 
 # fixed, several, new

@@ -498,3 +498,10 @@ def test_gain_weighs_what_the_networks_add():
     close(model.estimate(state, mask, coils, sigma, gain), expected, 1e-9)
     assert torch.equal(model.estimate(state, mask, coils, sigma), last)
     close(model(state, mask, coils, sigma, gain), Subsample(mask)(coils(expected)), 1e-9)
+
+
+def test_a_prior_in_one_run_tells_the_law_it_was_trained_on():
+    model = partial(Mixing())
+    assert model.following().law is None
+    model.law = "the law"
+    assert model.following().law == "the law"
