@@ -34,6 +34,8 @@ ERROR_TEXT = {"color": "white", "fontsize": 8, "ha": "left", "va": "top"}
 INK, ACCENT = "#1a1a1a", "#ffb000"
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito 2008
 MARKERS = "osD^vPX"
+DASHES = ("-", "--", ":")  # when the colours begin again
+FEW = 5  # series whose legend finds room among the lines
 
 
 @contextmanager
@@ -290,17 +292,25 @@ def line_plot(
     if not series:
         raise InputError("there is no series to draw", path=path)
     figure, axes = _chart(x_label, y_label, title)
+    ends = []
     for i, (name, points) in enumerate(series.items()):
         if {len(point) for point in points} not in ({2}, {4}):
             raise InputError(f"the points of '{name}' are neither all (x, y) nor all (x, y, low, high)", path=path)
         x, y, *band = np.array(sorted(points), dtype=float).T
         colour, marker = SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]
-        axes.plot(x, y, color=colour, marker=marker, markersize=5, linewidth=1.5, label=name)
+        dash = DASHES[i // len(SERIES) % len(DASHES)]
+        (line,) = axes.plot(x, y, dash, color=colour, marker=marker, markersize=5, linewidth=1.5, label=name)
+        ends.append((float(y[-1]), line))
         if band:
             axes.fill_between(x, *band, color=colour, alpha=0.15, linewidth=0)
     if log_x:
         axes.set_xscale("log")
-    axes.legend(frameon=False, fontsize=9)
+    if len(series) <= FEW:
+        axes.legend(frameon=False, fontsize=9)
+    else:  # beside the lines, in the order of their right ends
+        figure.set_size_inches(8.4, 4.6)
+        lines = [line for _, line in sorted(ends, key=lambda end: -end[0])]
+        figure.legend(handles=lines, frameon=False, fontsize=9, loc="outside right upper")
     _save(figure, path)
 
 

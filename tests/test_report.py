@@ -289,6 +289,18 @@ def test_loss_curve_of_negative_and_missing_losses(tmp_path, drawn):
     assert not (tmp_path / "none.png").exists()
 
 
+def test_many_lines_differ_and_their_legend_stands_beside_them(tmp_path, drawn):
+    series = {f"method {i}": [(2, i), (4, (7 * i) % 16)] for i in range(16)}
+    line_plot(tmp_path / "line.png", series, x_label="R", y_label="PSNR (dB)")
+    axes = drawn[0].axes[0]
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in axes.get_lines()}
+    assert len(looks) == 16 and axes.get_legend() is None
+    (legend,) = drawn[0].legends
+    ends = {name: points[-1][1] for name, points in series.items()}
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == sorted(series, key=lambda name: -ends[name])
+
+
 def test_line_plot(tmp_path, drawn):
     series = {"MSM": [(6, 31, 30, 32), (4, 34, 33, 35)], "zero-filled": [(4, 26), (6, 24)]}
     line_plot(tmp_path / "line.png", series, x_label="R", y_label="PSNR (dB)", title="Brain")
