@@ -255,7 +255,7 @@ class ExactAmbient:
     def __init__(self, prior):
         self.prior, self.masks = prior, []
 
-    def __call__(self, aliased, mask, sigma):
+    def __call__(self, aliased, mask, sigma, encoding):
         self.masks.append(mask)
         return torch.where(mask, self.prior.denoise(aliased, sigma), self.prior.mean)
 
