@@ -396,10 +396,10 @@ def every_slice(rows: list[dict[str, Any]]) -> str:
     return markdown_table(list(lines.values()), ["scan", "R (true)", *labels])
 
 
-def verdict(rows: list[dict[str, Any]]) -> list[str]:
+def verdict(rows: list[dict[str, Any]], view: str = "file units") -> list[str]:
     """Say who wins among the methods that never saw clean data, and where MSM loses."""
     said = []
-    rows = [row for row in rows if row["view"] == "file units" and ENTRIES[row["method"]].learned_from != CLEAN]
+    rows = [row for row in rows if row["view"] == view and ENTRIES[row["method"]].learned_from != CLEAN]
     for group, acceleration in sorted({(row["group"], row["nominal_R"]) for row in rows}):
         part = [row for row in rows if (row["group"], row["nominal_R"]) == (group, acceleration)]
         scans = {row["scan"] for row in part}
@@ -501,7 +501,10 @@ def page(record: dict[str, Any], rows: list[dict[str, Any]], figures: list[Path]
         text += (
             "\n## In the conventions of the MSM paper\n\nSimulated people; images scaled to [0, 1] by their own "
             "minimum and maximum, Gaussian noise of 0.01 added, the target the clean magnitude. To be read beside the "
-            f"published rows, not to be compared with the table above.\n\n{summarise(rows, 'paper', options.seed)}\n"
+            "published rows, not to be compared with the table above. Weights are those tuned on validation scans as "
+            "they are, with less noise.\n\n"
+            + "\n".join(f"- {line}" for line in verdict(rows, "paper"))
+            + f"\n\n{summarise(rows, 'paper', options.seed)}\n"
         )
     return text + f"\n## Figures\n\n{shown}\n"
 
