@@ -189,7 +189,7 @@ def ambient_draw(model: Any, rng: list[Generator], size: int, steps: int) -> Ten
 
     def estimate(step: Step) -> Tensor:
         with torch.inference_mode():
-            return model(torch.where(masks, step.state, 0.0), masks, float(step.sigma))
+            return model(torch.where(masks, step.state, 0.0), masks, float(step.sigma), Identity())
 
     begin = float(sigmas[0]) * normal_like(start, rng)
     *_, last = reverse_diffusion(estimate, begin, sigmas, rng=rng, eta=ancestral(sigmas))
