@@ -430,7 +430,7 @@ def with_no_more_training(rows: list[dict[str, Any]], seed: int) -> list[str]:
             if ENTRIES[label].learned_from == KSPACE and not label.startswith("msm"):
                 gain = [ours[row["scan"]] - row["psnr"] for row in part if row["method"] == label]
                 mean, low, high = bootstrap_interval(gain, Generator().manual_seed(seed))
-                leads.append(f"{label} {mean:+.2f} [{low:+.2f}, {high:+.2f}]")
+                leads.append(f"{label} {mean:+.2f}" + (f" [{low:+.2f}, {high:+.2f}]" if len(gain) > 1 else ""))
         said.append(f"{group}, R = {acceleration:g}: {'; '.join(leads)}")
     return said
 
