@@ -223,10 +223,8 @@ class ADPS(_Sampler):
     # that acceleration
     further: FurtherMask | None = None  # what training took away from them; None: what the weights tell, else
     # ``FurtherLines`` of that acceleration
-    prior_mask: Literal["law", "scan"] = (
-        "law"  # where P~ comes from: as published, or the mask of the scan with further
-    )
-    # lines taken away, so that what the network is shown are lines that the data tell. Not for degraded data
+    prior_mask: Literal["law", "scan"] = "law"  # where P~ comes from: that law, as published, or the mask of the scan
+    # with further lines taken away, so that the network is shown lines that the data tell. Not for degraded data
 
     name: ClassVar[str] = "a-dps"
     reference: ClassVar[str] = AALI
