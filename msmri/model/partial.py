@@ -24,7 +24,7 @@ _KEPT_CENTRE = 6 / 256  # share of the axes, around the centre, that is never hi
 BLANK = 100.0  # noise level, in scaled units, at which a line says nothing
 _USUAL_SIDE = 160  # matrix (root of its area) that the number of iterations for sparse edges is meant for
 _FOLLOWING = (2, 8)  # reweightings and iterations of sparse edges that begin at those of the step before
-_LARGEST_NOISE = 0.02  # above this noise level of the best lines, the weight no longer falls against that of the data
+_LARGEST_NOISE = 0.01  # above this noise level of the best lines, the weight no longer falls against that of the data
 
 
 def radial_frequency(shape: tuple[int, int], device: torch.device) -> Tensor:
@@ -79,6 +79,10 @@ class MeasurementPartial(nn.Module):
         matrix larger than 160 x 160, where what coils and edges tell has farther to go); 0: Gaussian only.
     cascades
         How often (2) and (3) are done; each time has its own copy of ``network``.
+    map_error
+        How far measured k-space is from what the coil maps can say, as a share of the expected signal at each place:
+        it counts as noise. Without it lines beside the centre, a thousand times brighter than their noise, make the
+        lines missing between them take up what the maps have wrong. 0: the maps are exact.
     bfloat16
         Whether the network alone computes in bfloat16.
     """
@@ -96,6 +100,7 @@ class MeasurementPartial(nn.Module):
         reweightings: int = 0,
         reweighted_iterations: int = 10,
         cascades: int = 1,
+        map_error: float = 0.005,
         bfloat16: bool = False,
     ) -> None:
         super().__init__()
@@ -106,6 +111,7 @@ class MeasurementPartial(nn.Module):
         self.consistency_iterations = consistency_iterations
         self.reweightings = reweightings
         self.reweighted_iterations = reweighted_iterations
+        self.map_error = map_error
         self.reduced = bfloat16  # nn.Module has a method called bfloat16
         self.log_tau = nn.Parameter(torch.tensor([-1.0, 0.0]).repeat(cascades))
 
@@ -250,9 +256,10 @@ class MeasurementPartial(nn.Module):
         sigma = sigma.to(state.real.dtype).expand(len(state), *sigma.shape[1:])
         mask, sigma = torch.broadcast_tensors(mask, sigma)
         state = torch.where(mask, state, torch.zeros((), dtype=state.dtype, device=state.device))
-        weight = torch.where(mask, sigma.square().reciprocal(), 0.0)
         with torch.no_grad():
             variance = self.scan_variance(state, mask, sigma)
+            wrong = self.map_error**2 * variance / state.shape[-3]  # of one coil, as the maps have it
+            weight = torch.where(mask, 1 / (sigma.square() + wrong), 0.0)
             lowest = torch.where(mask, sigma, torch.inf).amin((-3, -2, -1))
             if start is None or self.reweightings == 0:
                 start, often, iterations = None, self.reweightings, self.reweighted_iterations
