@@ -357,13 +357,22 @@ def fingerprint(method: Any, weights: Path | None) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def lead(rows: list[dict[str, Any]], method: str, rival: str, seed: int) -> str:
+    """Tell the mean of a method's PSNR less a rival's over the scans both have, with its interval; "" without any."""
+    ours = {row["scan"]: row["psnr"] for row in rows if row["method"] == method}
+    gain = [ours[row["scan"]] - row["psnr"] for row in rows if row["method"] == rival and row["scan"] in ours]
+    if not gain:
+        return ""
+    mean, low, high = bootstrap_interval(gain, Generator().manual_seed(seed))
+    return f"{mean:+.2f}" + (f" [{low:+.2f}, {high:+.2f}]" if len(gain) > 1 else "")
+
+
 def summarise(rows: list[dict[str, Any]], view: str, seed: int) -> str:
     """Average each method over the scans of a group and acceleration, with intervals of MSM's lead over it."""
     lines = []
     rows = [row for row in rows if row["view"] == view]
     for group, acceleration in sorted({(row["group"], row["nominal_R"]) for row in rows}):
         part = [row for row in rows if (row["group"], row["nominal_R"]) == (group, acceleration)]
-        ours = {row["scan"]: row for row in part if row["method"] == "msm"}
         for label in dict.fromkeys(row["method"] for row in part):
             own = [row for row in part if row["method"] == label]
             true = np.mean([row["true_R"] for row in own])
@@ -373,13 +382,7 @@ def summarise(rows: list[dict[str, Any]], view: str, seed: int) -> str:
                 found = [row[name] for row in own if name in row]
                 if found or name != "lpips":  # no column where nobody has it
                     line[name.replace("_", " ")] = f"{np.mean(found):.{digits}f}" if found else ""
-            gain = [ours[row["scan"]]["psnr"] - row["psnr"] for row in own if row["scan"] in ours]
-            if gain and label != "msm":
-                mean, low, high = bootstrap_interval(gain, Generator().manual_seed(seed))
-                interval = f" [{low:+.2f}, {high:+.2f}]" if len(gain) > 1 else ""
-                line["msm minus it, dB"] = f"{mean:+.2f}{interval}"
-            else:
-                line["msm minus it, dB"] = ""
+            line["msm minus it, dB"] = lead(part, "msm", label, seed) if label != "msm" else ""
             lines.append(line)
     return markdown_table(lines, list(lines[0])) if lines else ""
 
@@ -424,13 +427,9 @@ def with_no_more_training(rows: list[dict[str, Any]], seed: int) -> list[str]:
     rows = [row for row in rows if row["view"] == "file units"]
     for group, acceleration in sorted({(row["group"], row["nominal_R"]) for row in rows if row["method"] == SHORT}):
         part = [row for row in rows if (row["group"], row["nominal_R"]) == (group, acceleration)]
-        ours = {row["scan"]: row["psnr"] for row in part if row["method"] == SHORT}
-        leads = []
-        for label in dict.fromkeys(row["method"] for row in part):
-            if ENTRIES[label].learned_from == KSPACE and not label.startswith("msm"):
-                gain = [ours[row["scan"]] - row["psnr"] for row in part if row["method"] == label]
-                mean, low, high = bootstrap_interval(gain, Generator().manual_seed(seed))
-                leads.append(f"{label} {mean:+.2f}" + (f" [{low:+.2f}, {high:+.2f}]" if len(gain) > 1 else ""))
+        labels = dict.fromkeys(row["method"] for row in part)
+        rivals = [name for name in labels if ENTRIES[name].learned_from == KSPACE and not name.startswith("msm")]
+        leads = [f"{name} {lead(part, SHORT, name, seed)}" for name in rivals]
         said.append(f"{group}, R = {acceleration:g}: {'; '.join(leads)}")
     return said
 
