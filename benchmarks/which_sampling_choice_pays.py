@@ -50,6 +50,8 @@ PARTS: dict[str, dict[str, Any]] = {
     },
     "5 reweightings": {"prior": {"reweightings": 5}},
     "20 reweightings": {"prior": {"reweightings": 20}},
+    "coil maps taken as exact": {"prior": {"map_error": 0.0}},
+    "twice the error of coil maps": {"prior": {"map_error": 0.01}},
     "3 masks a step": {"masks_per_step": 3},
     "4 steps": {"steps": 4},
     "16 steps": {"steps": 16},
