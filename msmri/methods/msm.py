@@ -31,6 +31,7 @@ REFERENCE = """@inproceedings{park2026measurement,
 }"""
 NOISE_FLOOR = 1e-3  # least std of measured lines, in scaled units: no network was trained below
 DATA_WEIGHT = {"proximal": 3.0, "gradient": 2.0, "none": 0.0}
+ESTIMATE_ERROR = 0.03  # of measured lines in the prior's estimates, in scaled units: data of more noise pull less
 PAPER: Mapping[str, Any] = {
     "steps": 200,
     "schedule": "vp",
@@ -95,7 +96,8 @@ class MSM(FromPrior):
     likelihood: Literal["proximal", "gradient", "none"] = "proximal"  # how estimates are corrected by the data; "none"
     # is exact for a prior that takes measured lines into its masks, but "proximal" has less error, with less spread
     data_weight: float | Literal["noise"] | None = None  # pull of the data: 1 / mu of "proximal", gamma of "gradient";
-    # "noise": mu = noise_std^2 (1 / sigma^2 + 1 / signal_std^2); None: 3 and 2
+    # "noise": mu = noise_std^2 (1 / sigma^2 + 1 / signal_std^2); None: 2 of "gradient", 3 of "proximal", and if masks
+    # hold the measured lines at most (0.03 / noise_std)^2, as the prior then estimates them better than they are
     signal_std: float = float("inf")  # of what a prior knows beforehand, in "noise": exact for a white Gaussian of that
     iterations: int = 10  # conjugate-gradient steps of "proximal"
     relaxation: float = 1.0  # share of the way to its solution; above 1 past it, as "gradient" goes with such a gamma
@@ -110,7 +112,7 @@ class MSM(FromPrior):
 
     name: ClassVar[str] = "msm"
     reference: ClassVar[str] = REFERENCE
-    tunable: ClassVar[Mapping[str, tuple[float, ...]]] = {"data_weight": (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)}
+    tunable: ClassVar[Mapping[str, tuple[float, ...]]] = {"data_weight": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)}
 
     def __post_init__(self) -> None:
         for field in ("samples", "steps", "masks_per_step", "iterations", "batch"):
@@ -276,6 +278,8 @@ class MSM(FromPrior):
                 mu: float | Tensor = 1 / weight
                 if self.data_weight == "noise":
                     mu = (noise / step.sigma).square() + (noise / self.signal_std).square()
+                elif self.data_weight is None and including:
+                    mu = (noise / ESTIMATE_ERROR).square().clamp_min(1 / weight)
                 found = fitted(clean, mu, self.iterations)
                 return found if self.relaxation == 1 else clean + self.relaxation * (found - clean)
             return clean

@@ -24,7 +24,9 @@ _KEPT_CENTRE = 6 / 256  # share of the axes, around the centre, that is never hi
 BLANK = 100.0  # noise level, in scaled units, at which a line says nothing
 _USUAL_SIDE = 160  # matrix (root of its area) that the number of iterations for sparse edges is meant for
 _FOLLOWING = (2, 8)  # reweightings and iterations of sparse edges that begin at those of the step before
-_LARGEST_NOISE = 0.01  # above this noise level of the best lines, the weight no longer falls against that of the data
+_LARGEST_NOISE = 0.01  # below this noise level of the best lines, the weight is a constant share of that of the data
+_GREATEST_NOISE = 0.08  # from there to this level it is a constant, and its share grows with the square of the noise;
+# above, with the noise
 
 
 def radial_frequency(shape: tuple[int, int], device: torch.device) -> Tensor:
@@ -179,11 +181,13 @@ class MeasurementPartial(nn.Module):
 
         By iteratively reweighted least squares from ``image`` (Krishnan and Fergus 2009 for the law of gradients,
         Daubechies et al. 2010 for the iteration). The sets of a soft-SENSE image share their edges. ``lowest`` (b,) is
-        the noise of the best lines: lambda is ``_SPARSITY`` over its square, a constant share of the data's weight.
+        the noise of the best lines: lambda is ``_SPARSITY`` over its square, a constant share of the data's weight, as
+        long as that is small.
         """
         rows, columns = (2 - 2 * torch.cos(2 * torch.pi * (torch.arange(n) - n // 2) / n) for n in image.shape[-2:])
         laplace = (rows[:, None] + columns[None, :]).to(weight.device)
-        strength = _SPARSITY / lowest.clamp(max=_LARGEST_NOISE).square()[:, None, None, None]
+        level = lowest.clamp(max=BLANK)[:, None, None, None]
+        strength = _SPARSITY / level.clamp(max=_LARGEST_NOISE).square() * (_GREATEST_NOISE / level).clamp(max=1.0)
         floor = encoding.kspace_weight(weight) + 0.1 * weight.amax((-3, -2, -1), keepdim=True)
         right = encoding.adjoint(weight * state)
         side = math.sqrt(image.shape[-2] * image.shape[-1])

@@ -229,6 +229,20 @@ def test_fixed_weights_return_the_data():
         assert float(error.abs().max()) < 1e-3
 
 
+@pytest.mark.parametrize(("noise", "weight"), [(0.01, 3.0), (0.3, 0.01)])
+def test_data_noisier_than_the_estimate_pull_less(noise, weight):
+    measurement, partial, _ = problem(coils())
+    measurement = replace(measurement, noise_std=noise * float(measurement.working_scale().flatten()[0]))
+    settings = {"prior": partial, "samples": 2, "steps": 3}
+    given, other = (MSM(**settings, data_weight=w)(measurement, generators(0, 1)).image for w in (weight, 2 * weight))
+    found = MSM(**settings)(measurement, generators(0, 1)).image
+    assert float((found - given).norm()) < 1e-6 * float(found.norm())
+    assert float((found - other).norm()) > 1e-4 * float(found.norm())
+    fixed = MSM(**settings, include_measured=False)(measurement, generators(0, 1)).image  # the prior has no such lines
+    three = MSM(**settings, include_measured=False, data_weight=3.0)(measurement, generators(0, 1)).image
+    assert torch.equal(fixed, three)
+
+
 def test_random_masks_stay_close_to_the_posterior_mean():
     measurement, partial, mean = problem(coils(), step=4)
     expected, std = closed_form(measurement, mean, 1.0)
