@@ -63,7 +63,7 @@ class Entry:
 
 ADPS, ORACLE = "adps_r4.safetensors", "oracle.safetensors"
 SLOW = {"scans": 4, "accelerations": (4.0,)}  # a minute a slice
-# less training than any rival had, and less data: what is left of MSM's lead when it has no more time than they
+# about the time of training that its rivals had, on the same scans: what is left of MSM's lead
 SHORT = "msm, shortly trained"
 # trained up to sigma 1, mostly; P~ is the mask of the scan but for a line or two, which did better on validation scans
 # than a random one as published
@@ -429,7 +429,7 @@ def verdict(rows: list[dict[str, Any]], view: str = "file units") -> list[str]:
 
 
 def with_no_more_training(rows: list[dict[str, Any]], seed: int) -> list[str]:
-    """Compare MSM after a short training with the rivals that learned from the same k-space for longer."""
+    """Compare MSM after a short training with the rivals that learned from the same k-space."""
     said = []
     rows = [row for row in rows if row["view"] == "file units"]
     for group, acceleration in sorted({(row["group"], row["nominal_R"]) for row in rows if row["method"] == SHORT}):
@@ -488,7 +488,7 @@ def page(record: dict[str, Any], rows: list[dict[str, Any]], figures: list[Path]
     left_out = f"Left out for want of weights: {', '.join(record['left_out'])}.\n\n" if record["left_out"] else ""
     verdicts = "\n".join(f"- {line}" for line in verdict(rows))
     if short := with_no_more_training(rows, options.seed):
-        verdicts += f"\n\n*{SHORT}* minus rivals of longer training on the same k-space, dB:\n\n"
+        verdicts += f"\n\n*{SHORT}* minus rivals that learned from the same k-space (hours of each below), dB:\n\n"
         verdicts += "\n".join(f"- {line}" for line in short)
     text = (
         "# Which method wins?\n\nWritten by `benchmarks/which_method_wins.py`; do not edit by hand. "

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from msmri.errors import InputError
-from msmri.physics.coils import calibration_block, calibration_region, combine, principal_coils, size
+from msmri.physics.coils import (
+    calibration_block,
+    calibration_region,
+    combine,
+    estimate_noise_std,
+    principal_coils,
+    size,
+)
 from msmri.physics.fourier import ifft2c
 from msmri.tensors import KSpace, Maps, Mask
 
@@ -299,15 +306,25 @@ class Espirit:
             sets=2 if self.sets == "auto" else self.sets,
             phase_reference=self.phase_reference,
         )
-        if self.sets == "auto" and not self._is_folded(calibration_block(kspace, rows, columns), maps, eigenvalues):
-            maps = maps[:, :1]
+        if self.sets == "auto":
+            noise = float(estimate_noise_std(kspace, mask[None]).square())
+            if not self._is_folded(calibration_block(kspace, rows, columns), maps, eigenvalues, noise):
+                maps = maps[:, :1]
         return maps
 
-    def _is_folded(self, block: Tensor, maps: Maps, eigenvalues: Tensor) -> bool:
-        """Tell whether the second set of maps explains a good part of what the first leaves of the calibration data."""
+    def _is_folded(self, block: Tensor, maps: Maps, eigenvalues: Tensor, variance: float) -> bool:
+        """Tell whether the second set of maps explains a good part of what the first leaves of the calibration data.
+
+        Noise, of that ``variance`` in each real component, is alike in as many sets as there are coils.
+        """
         kspace = block.new_zeros(block.shape[:2] + size(maps))
         calibration_block(kspace, *size(block)).copy_(block)
-        images = combine(ifft2c(kspace), maps) * (eigenvalues > _SIGNAL_EIGENVALUE)
+        trusted = eigenvalues > _SIGNAL_EIGENVALUE
+        images = combine(ifft2c(kspace), maps) * trusted
         first, second = images.abs().square().sum((0, 2, 3))
         total = block.abs().square().sum()
-        return bool((second > _LEAST_SIGNAL * total) & (second > self.second_set_share * (total - first)))
+        noise = 2 * variance * block[0, 0].numel()  # of one set, everywhere
+        in_second = noise * float(trusted[:, 1].float().mean())
+        left = float(total - first) - (block.shape[1] - 1) * noise
+        least = max(_LEAST_SIGNAL * float(total), 2 * in_second, self.second_set_share * left)
+        return float(second) - in_second > least  # a set found in noise fits it better than any other would

@@ -449,6 +449,16 @@ def test_two_sets_only_where_the_image_is_folded():
     assert setting(phantom((64, 64), 8)[0], lines(64, (28, 36))).shape[1] == 1  # kernels of 3 leave a second set some
 
 
+@pytest.mark.parametrize("level", [0.0, 0.02, 0.1])
+def test_noise_is_no_reason_for_a_second_set(level):
+    mask = lines(44, (12, 32))
+    for kspace, sets in ((phantom((64, 44), 8, texture=1.0)[0], 1), (folded_phantom((64, 64), 44), 2)):
+        brightest = float(root_sum_of_squares(ifft2c(kspace)).max())
+        noisy = kspace + level * brightest * normal_like(kspace, generators(3, len(kspace)))
+        if sets == 1 or level < 0.1:  # such noise hides what is folded
+            assert Espirit(sets="auto")(noisy, mask).shape[1] == sets
+
+
 def test_sets_are_checked():
     with pytest.raises(InputError, match="3 is not 1, 2 or 'auto'"):
         Espirit(sets=3)
