@@ -47,6 +47,7 @@ from msmri.tensors import generators, normal_like
 HERE = Path(__file__).parent
 SHIPPED = Path(str(files("msmri"))) / "weights"
 NOTHING, TILES, CLEAN = "nothing", "faces without 6 of 16 tiles", "whole faces"
+NOISY = f"{TILES}, noise 0.1"
 TOGETHER = 8  # faces restored at once
 HOLES, ENLARGED = ("box", "random", "tiles"), ("super-resolution",)
 
@@ -64,6 +65,7 @@ class Entry:
 
 
 MSM_WEIGHTS, AMBIENT, ORACLE = "faces_msm.safetensors", "faces_ambient.safetensors", "faces_oracle.safetensors"
+MSM_NOISY = "faces_msm_noisy.safetensors"
 MANY = {"samples": 4, "batch": 64}
 ENTRIES: dict[str, Entry] = {
     "biharmonic": Entry("biharmonic", NOTHING, tasks=HOLES),
@@ -72,13 +74,14 @@ ENTRIES: dict[str, Entry] = {
     "a-dps": Entry("a-dps", TILES, {**MANY, "steps": 100}, AMBIENT, faces=16),
     "msm, paper's sampler": Entry("msm", TILES, {"preset": "paper-restoration", "batch": 64}, MSM_WEIGHTS, faces=16),
     "msm": Entry("msm", TILES, {"preset": "restoration", **MANY}, MSM_WEIGHTS),
+    "msm, learned from noise": Entry("msm", NOISY, {"preset": "restoration", **MANY}, MSM_NOISY),
     "oracle dps": Entry("dps", CLEAN, {**MANY, "steps": 100}, ORACLE, faces=16),
     "oracle ddnm": Entry("ddnm", CLEAN, MANY, ORACLE),
 }
 QUICK: dict[str, dict[str, Any]] = {"tv": {"iterations": 10}, "msm, paper's sampler": {"steps": 2}}
-QUICK |= {name: {"steps": 3, "samples": 2} for name in ("a-dps", "msm", "oracle dps", "oracle ddnm")}
+QUICK |= {name: {"steps": 3, "samples": 2} for name, entry in ENTRIES.items() if "samples" in entry.options}
 METRICS = {"psnr": 2, "ssim": 4, "psnr_one_sample": 2, "error_per_std": 2, "NFE": 0, "seconds": 2}
-DRAWN = ("msm", "ambient", "oracle")  # priors to draw from
+DRAWN = {"msm": MSM_WEIGHTS, "msm, learned from noise": MSM_NOISY, "ambient": AMBIENT, "oracle": ORACLE}  # to draw from
 
 
 def colour_psnr(target: Any, image: Any) -> float:
@@ -206,7 +209,7 @@ def draw_faces(which: str, path: Path, options: argparse.Namespace) -> Tensor:
             images.append(ambient_draw(model, rng, options.size, options.steps))
             continue
         law = {"law": RandomLines(1.0), "covering": False, "masks_per_step": 1}
-        if which == "msm":
+        if which.startswith("msm"):
             law = {"law": model.law, "masks_per_step": 3}
         method = Generation(model, steps=options.steps, batch=32, sigma_max=40.0, **law)
         images.append(method(Identity(), (3, options.size, options.size), rng, dtype=torch.float32))
@@ -224,11 +227,11 @@ def judge_drawn(options: argparse.Namespace, real: Photos, record: dict[str, Any
     }
     record["generation_counts"] = {"real": len(real), "drawn": options.generate}
     drawn = {}
-    for which in DRAWN:
-        path = options.weights / f"faces_{which}.safetensors"
+    for which, file in DRAWN.items():
+        path = options.weights / file
         if not path.exists():
             continue
-        name = f"{which}-{sha256(path)[:12]}-{options.generate}-{options.steps}-{options.seed}-{options.size}.pt"
+        name = f"{path.stem}-{sha256(path)[:12]}-{options.generate}-{options.steps}-{options.seed}-{options.size}.pt"
         if (options.work / name).exists() and not options.fresh:
             images = torch.load(options.work / name, weights_only=True)
         else:
@@ -425,10 +428,11 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
             own = [row for row in part if row["method"] == label and row["face"] in ours]
             leads[label] = float(np.mean([ours[row["face"]] - row["psnr"] for row in own]))
         text = f"{task}, {group}: MSM is {leads['input']:+.2f} dB against the input"
-        rivals = {k: v for k, v in leads.items() if k in ENTRIES and k != "msm" and ENTRIES[k].learned_from != CLEAN}
+        others = {k for k, entry in ENTRIES.items() if entry.method != "msm" and entry.learned_from != CLEAN}
+        rivals = {label: lead for label, lead in leads.items() if label in others}
         if rivals:
             best = min(rivals, key=lambda label: rivals[label])
-            text += f" and {rivals[best]:+.2f} dB against {best}, the best of the others that never saw a whole face"
+            text += f" and {rivals[best]:+.2f} dB against {best}, the best other method that never saw a whole face"
         said.append(text + ".")
     return said
 
@@ -461,10 +465,12 @@ def page(record: dict[str, Any], rows: list[dict[str, Any]], figures: list[Path]
         counts = record["generation_counts"]
         lines = [{"faces": name, **values} for name, values in record["generation"].items()]
         columns = {name: "" if name == "faces" else ".2f" for line in lines for name in line}
+        near = sorted(set(record["generation"]) & set(DRAWN), key=lambda name: record["generation"][name]["distance"])
         text += (
             f"\n## Drawn faces\n\nFrechet distance on scattering features (`msmri/distances.py`; lower is better) of "
             f"{counts['drawn']} drawn faces to {counts['real']} held-out ones; floor: what two such sets of one law "
-            f"give on average, excess: what is above it. {options.steps} steps.\n\n{markdown_table(lines, columns)}"
+            f"give on average, excess: what is above it. {options.steps} steps. Nearest first: {'; '.join(near)}. "
+            f"Why in this order: `why_are_msm_faces_grainy.py`.\n\n{markdown_table(lines, columns)}"
         )
     return text + (
         "\n## Pictures\n\nThe faces shown are from FairFace (Karkkainen and Joo, WACV 2021; CC BY 4.0, reduced), or "

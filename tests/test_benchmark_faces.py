@@ -49,7 +49,7 @@ def test_methods_with_weights_are_compared_and_the_others_named(quick):
     folder, _, result = quick
     assert result.returncode == 0, result.stderr
     record = json.loads((folder / "faces.json").read_text())
-    assert record["left_out"] == ["oracle dps", "oracle ddnm"]
+    assert record["left_out"] == ["msm, learned from noise", "oracle dps", "oracle ddnm"]
     assert "oracle ddnm: left out, no weights at faces_oracle.safetensors" in result.stdout
     found = {
         task: {row["method"] for row in record["rows"] if row["task"] == task} for task in ("box", "super-resolution")
@@ -67,7 +67,9 @@ def test_methods_with_weights_are_compared_and_the_others_named(quick):
     assert record["generation_counts"] == {"real": 12, "drawn": 8} and record["generation"]["msm"]["distance"] > 0
     assert record["training"]["msm"] == "7 steps, 0.1 CPU hours"
     page = (folder / "page.md").read_text()
-    assert "## In words" in page and "MSM is" in page and "nan" not in page and "Left out for want of weights" in page
+    for said in ("## In words", "MSM is", "Left out for want of weights", "Nearest first: "):
+        assert said in page
+    assert "nan" not in page
     for name in ("faces_box.png", "faces_super-resolution.png", "faces_drawn.png"):
         assert (folder / "images" / name).stat().st_size > 0 and name in page
     assert (folder / "faces.csv").stat().st_size > 0
