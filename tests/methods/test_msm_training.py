@@ -295,6 +295,18 @@ def test_default_levels_are_the_ends_of_the_ladder():
     assert NoiselessMSM().sigma_max == pytest.approx(float(sigmas[-1]), rel=0.01)
 
 
+def test_levels_may_be_log_normal():
+    loss = NoiselessMSM(sigma_min=0.02, sigma_max=4.0, log_mean=-1.0, log_spread=1.5)
+    drawn = loss.draw_sigma(20000, stream())
+    assert drawn.shape == (20000, 1, 1, 1) and float(drawn.min()) == pytest.approx(0.02)
+    assert float(drawn.max()) == pytest.approx(4.0)
+    at = drawn.flatten().log().quantile(torch.tensor([0.1587, 0.5, 0.8413]))  # one standard deviation below and above
+    torch.testing.assert_close(at, torch.tensor([-2.5, -1.0, 0.5]), atol=0.05, rtol=0)
+    batch = gaussian(4000, (4, 8), coils=1, variance=1.0)
+    inverse = drawn.square().reciprocal().mean()
+    assert minimiser(loss, batch) == pytest.approx(float(inverse / (inverse + 1)), rel=0.03)
+
+
 def test_noiseless_loss_is_per_measured_component():
     for coils, every in ((1, 2), (3, 4)):
         batch = gaussian(64, coils=coils, variance=coils, step=every)
