@@ -297,8 +297,9 @@ def line_plot(
         if {len(point) for point in points} not in ({2}, {4}):
             raise InputError(f"the points of '{name}' are neither all (x, y) nor all (x, y, low, high)", path=path)
         x, y, *band = np.array(sorted(points), dtype=float).T
-        colour, marker = SERIES[i % len(SERIES)], MARKERS[i % len(MARKERS)]
-        dash = DASHES[i // len(SERIES) % len(DASHES)]
+        again = i // len(SERIES)  # a colour that comes again has another marker: single points show no dashes
+        colour, marker = SERIES[i % len(SERIES)], MARKERS[(i + again) % len(MARKERS)]
+        dash = DASHES[again % len(DASHES)]
         (line,) = axes.plot(x, y, dash, color=colour, marker=marker, markersize=5, linewidth=1.5, label=name)
         ends.append((float(y[-1]), line))
         if band:

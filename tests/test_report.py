@@ -293,8 +293,9 @@ def test_many_lines_differ_and_their_legend_stands_beside_them(tmp_path, drawn):
     series = {f"method {i}": [(2, i), (4, (7 * i) % 16)] for i in range(16)}
     line_plot(tmp_path / "line.png", series, x_label="R", y_label="PSNR (dB)")
     axes = drawn[0].axes[0]
-    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in axes.get_lines()}
-    assert len(looks) == 16 and axes.get_legend() is None
+    looks = {(line.get_color(), line.get_marker()) for line in axes.get_lines()}  # of single points too
+    assert len(looks) == 16 and len({line.get_linestyle() for line in axes.get_lines()}) == 3
+    assert axes.get_legend() is None
     (legend,) = drawn[0].legends
     ends = {name: points[-1][1] for name, points in series.items()}
     names = [text.get_text() for text in legend.get_texts()]
