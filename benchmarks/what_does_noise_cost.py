@@ -46,7 +46,7 @@ from msmri.tensors import normal_like
 RESULTS = Path(__file__).parent / "results"
 COILS, GAUSSIAN, RICIAN = "all coils", "one coil, complex noise", "one coil, Rician magnitude"
 ZERO, FULL, CONSTANT = "zero-filled", "fully sampled, nothing done", "constant pull, "  # then the prior's label
-GRIDS = {"cg-sense": (1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0), "tv": (2e-4, 1e-3, 3e-3, 1e-2, 0.03, 0.1)}
+GRIDS = {"cg-sense": (1e-5, 1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0), "tv": (2e-4, 1e-3, 3e-3, 1e-2, 0.03, 0.1, 0.3, 1.0)}
 TOLD = (0.5, 2.0)  # wrong noise levels, in units of the true one
 ENOUGH, SMALL = 1.0, 0.5  # dB: what a noisy prior may lose, and a wrong noise level
 COLUMNS = {"object_psnr": (".2f", 1), "psnr": (".2f", 1), "object_ssim": (".3f", 1), "ssim": (".3f", 1)}
