@@ -9,14 +9,10 @@ from torch import Generator, Tensor, nn
 from msmri.errors import InputError
 from msmri.measurement import Measurement
 from msmri.model.ambient import FurtherLines, FurtherMask
+from msmri.model.denoiser import log_normal_sigma
 from msmri.physics.masks import slice_seed
 from msmri.physics.operators import Subsample
 from msmri.tensors import Mask, Rng, normal_like, spawn
-
-
-def _draw_sigma(n: int, mean: float, spread: float, least: float, rng: Generator) -> Tensor:
-    """Draw noise levels (n, 1, 1, 1), normal in their logarithm. Karras et al. 2022, table 1."""
-    return (mean + spread * torch.randn(n, 1, 1, 1, generator=rng)).exp().clamp_min(least)
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,7 @@ class AmbientLoss:
         n, encoding, measured = len(batch.values), batch.encoding, Subsample(batch.mask)
         values = measured(batch.values)
         shown = Subsample(self.further_masks(batch, spawn(rng, n)))
-        sigma = _draw_sigma(n, self.sigma_mean, self.sigma_spread, self.sigma_min, rng).to(values.device)
+        sigma = log_normal_sigma(n, self.sigma_mean, self.sigma_spread, self.sigma_min, rng).to(values.device)
         noise = sigma * normal_like(encoding.adjoint(torch.zeros_like(values)), spawn(rng, n))
         aliased = encoding.adjoint(shown(values + encoding(noise)))
 
@@ -119,7 +115,7 @@ class CleanLoss:
             raise InputError("the oracle learns from fully sampled scans", mend="give some", path=where)
         clean = batch.encoding.adjoint(batch.values)
         n = len(clean)
-        sigma = _draw_sigma(n, self.sigma_mean, self.sigma_spread, self.sigma_min, rng).to(clean.device)
+        sigma = log_normal_sigma(n, self.sigma_mean, self.sigma_spread, self.sigma_min, rng).to(clean.device)
         noisy = clean + sigma * normal_like(clean, spawn(rng, n))
         squared = (model(noisy, sigma) - clean).abs().square().flatten(1).mean(1) / (2 if clean.is_complex() else 1)
         return (cast(Any, model).weight(sigma).flatten() * squared).mean()

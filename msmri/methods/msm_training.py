@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from msmri.measurement import Measurement
-from msmri.model.denoiser import VPSchedule
+from msmri.model.denoiser import VPSchedule, log_normal_sigma
 from msmri.tensors import Mask, Sigma, normal_like, spawn
 
 
@@ -24,22 +24,22 @@ class NoiselessMSM:
 
     Park et al. 2025, eq. for rho = 0: all measured lines s are diffused to s + sigma n and predicted by the partial
     denoiser; w = 1 / sigma^2. Sigma is drawn from the variance-preserving ladder, uniformly in its step, which seldom
-    is low noise; with ``log_mean`` it is log-normal (Karras et al. 2022).
+    is low noise; with ``sigma_mean`` it is log-normal (Karras et al. 2022).
     """
 
     sigma_min: float = 0.01  # smallest sigma, in units of the scaled image
     sigma_max: float = 157.0  # largest sigma, the end of the linear-beta ladder
-    log_mean: float | None = None  # of the natural logarithm of sigma; None: the ladder
-    log_spread: float = 1.2  # standard deviation of that logarithm
+    sigma_mean: float | None = None  # of log sigma; None: the ladder
+    sigma_spread: float = 1.2  # standard deviation of log sigma
 
     def draw_sigma(self, n: int, rng: Generator) -> Sigma:
         """Draw noise levels (n, 1, 1, 1) between ``sigma_min`` and ``sigma_max``."""
-        if self.log_mean is None:
+        if self.sigma_mean is None:
             ladder = VPSchedule()
             low, high = ladder.t(self.sigma_min), ladder.t(self.sigma_max)
             return ladder.sigma(low + (high - low) * torch.rand(n, generator=rng)).reshape(-1, 1, 1, 1)
-        normal = torch.randn(n, 1, 1, 1, generator=rng)
-        return (self.log_mean + self.log_spread * normal).exp().clamp(self.sigma_min, self.sigma_max)
+        drawn = log_normal_sigma(n, self.sigma_mean, self.sigma_spread, self.sigma_min, rng)
+        return drawn.clamp_max(self.sigma_max)
 
     def __call__(self, model: nn.Module, batch: Measurement, rng: Generator) -> Tensor:
         """Return the weighted squared error per measured real component."""

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from msmri.tensors import Image, Rng, Sigma, normal_like
 
@@ -88,6 +88,11 @@ class _NetworkDenoiser(nn.Module):
     def forward(self, noisy: Image, sigma: Sigma | float) -> Image:
         """Do what ``denoise`` does, as a module call (for compilation and distributed training)."""
         return self.denoise(noisy, sigma)
+
+
+def log_normal_sigma(n: int, mean: float, spread: float, least: float, rng: Generator) -> Sigma:
+    """Draw noise levels (n, 1, 1, 1), normal in their logarithm. Karras et al. 2022, table 1."""
+    return (mean + spread * torch.randn(n, 1, 1, 1, generator=rng)).exp().clamp_min(least)
 
 
 @dataclass(frozen=True)

@@ -296,7 +296,7 @@ def test_default_levels_are_the_ends_of_the_ladder():
 
 
 def test_levels_may_be_log_normal():
-    loss = NoiselessMSM(sigma_min=0.02, sigma_max=4.0, log_mean=-1.0, log_spread=1.5)
+    loss = NoiselessMSM(sigma_min=0.02, sigma_max=4.0, sigma_mean=-1.0, sigma_spread=1.5)
     drawn = loss.draw_sigma(20000, stream())
     assert drawn.shape == (20000, 1, 1, 1) and float(drawn.min()) == pytest.approx(0.02)
     assert float(drawn.max()) == pytest.approx(4.0)
