@@ -94,6 +94,21 @@ def place(slices: Tensor, rng: Generator, *, augment: bool, finer: float) -> tup
     return torch.from_numpy(widened), (matrix[0], matrix[1])
 
 
+def place_upright(slices: Tensor, side: int, rng: Generator) -> tuple[Tensor, tuple[int, int]]:
+    """Put axial slices upright on a square grid, turned a little, for a matrix of ``side`` x ``side``."""
+    array = slices.numpy()
+    if torch.rand((), generator=rng) < 0.5:
+        array = array[:, :, ::-1]
+    array = ndimage.rotate(array, uniform(-6, 6, rng), axes=(1, 2), order=1, reshape=True).clip(0)
+    rows, columns = (np.flatnonzero((array > 0.08).any((0, axis))) for axis in (2, 1))
+    array = array[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    grid = max(side, 2 * math.ceil(max(array.shape[1:]) / uniform(0.82, 0.94, rng) / 2))
+    padded = np.zeros((len(array), grid, grid), np.float32)
+    corner = [(grid - size) // 2 for size in array.shape[1:]]
+    padded[:, corner[0] : corner[0] + array.shape[1], corner[1] : corner[1] + array.shape[2]] = array
+    return torch.from_numpy(padded), (side, side)
+
+
 def simulate_subject(
     volumes: Path,
     split: str,
@@ -103,10 +118,12 @@ def simulate_subject(
     augment: bool,
     finer: float = 0.0,
     noise: float | None = None,
+    upright: int | None = None,
 ) -> dict:
     """Draw one simulated subject: fully sampled k-space (slices, coil, ky, kx), noise level and where it came from.
 
     ``noise`` is the std of each real component of k-space over the subject's brightest pixel; drawn without it.
+    ``upright`` is the side of the matrix of axial slices that look like one another, for priors to generate from.
     """
     names = list(SPLITS[split])
     weights = torch.tensor([float(SPLITS[split][name][1]) for name in names])
@@ -114,10 +131,16 @@ def simulate_subject(
     file, _, axes = SPLITS[split][name]
     with np.load(volumes / file) as archive:
         volume = archive[name]
-    axis = axes[int(torch.randint(0, len(axes), (), generator=rng))]
-    magnitude, matrix = place(draw_slices(volume, axis, slices, rng), rng, augment=augment, finer=finer)
-    if augment:
+    axis = axes[int(torch.randint(0, len(axes), (), generator=rng))] if upright is None else 0
+    drawn = draw_slices(volume, axis, slices, rng)
+    if upright is None:
+        magnitude, matrix = place(drawn, rng, augment=augment, finer=finer)
+    else:
+        magnitude, matrix = place_upright(drawn, upright, rng)
+    if augment and upright is None:
         magnitude = change_contrast(magnitude, rng)
+    elif augment:
+        magnitude = magnitude ** uniform(0.7, 1.3, rng)
     bias = torch.exp(uniform(0, 0.45, rng) * smooth_field((magnitude.shape[1], magnitude.shape[2]), rng, order=3))
     n_coils = (4, 6, 8, 8, 10, 12)[int(torch.randint(0, 6, (), generator=rng))]
     maps = coil_maps((magnitude.shape[1], magnitude.shape[2]), n_coils, rng)
@@ -141,12 +164,14 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="number of the first subject")
     parser.add_argument("--acceleration", type=float, default=4.0)
     parser.add_argument("--finer", type=float, default=0.0, help="share of enlarged subjects in the train split")
+    parser.add_argument("--centre", type=float, default=20 / 256, help="share of the columns always measured")
+    parser.add_argument("--upright", type=int, help="axial slices, upright, on matrices of this side: for generation")
     parser.add_argument("--noise", type=float, help="std of each real component over the image's maximum; else random")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--full", action="store_true", help="write fully sampled scans with their reference (tests)")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    law = RandomLines(acceleration=options.acceleration)
+    law = RandomLines(acceleration=options.acceleration, centre_fraction=options.centre)
     begun = time.time()
     for number in range(options.first, options.first + options.subjects):
         path = options.out / f"{options.split}_{number:04d}.h5"
@@ -161,6 +186,7 @@ def main() -> None:
             augment=options.split == "train",
             finer=options.finer,
             noise=options.noise,
+            upright=options.upright,
         )
         kspace = subject.pop("kspace")
         attributes = {"acquisition": subject["volume"], "patient_id": f"{options.split}{number}"}

@@ -1,5 +1,6 @@
 """Scans as training data: batches of equally sized slices, coil maps computed once, nothing unmeasured."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,6 +48,7 @@ class _Scans:
     cache: str | None = None  # folder for the coil maps; without it they are computed anew in every run
     max_coils: int = 8  # coils are compressed to so many
     calibration: Espirit = field(default_factory=lambda: Espirit(crop=0.0))
+    scans_per_batch: int = 1  # so many scans share a batch, as far as their matrices and coils agree
 
     map_files: ClassVar[str] = "{}_maps.h5"  # in the cache
 
@@ -128,20 +130,28 @@ class _Scans:
         return loaded
 
     def batch(self, rng: Generator, *, pixels: int) -> Measurement:
-        """Draw slices of one random scan, as many as make about ``pixels`` k-space places and at least one."""
-        scan = self._load(int(torch.randint(0, len(self.files), (), generator=rng)))
-        total, _, height, width = scan.shape
-        n = max(1, min(total, round(pixels / (height * width))))
-        chosen = torch.randperm(total, generator=rng)[:n]
-        maps = torch.view_as_complex(scan.maps[chosen].float())
-        mask = self._masks(scan, chosen, rng)
+        """Draw slices of one or more random scans, as many as make about ``pixels`` k-space places and at least one.
+
+        Of the ``scans_per_batch`` scans drawn, those that differ from the first in matrix, coils or sets are left out.
+        """
+        numbers = torch.randint(0, len(self.files), (max(1, self.scans_per_batch),), generator=rng).tolist()
+        drawn = [self._load(number) for number in dict.fromkeys(numbers)]
+        kinds = [(*scan.shape[1:], scan.maps.shape[1]) for scan in drawn]  # coils, matrix, sets
+        alike = [scan for scan, kind in zip(drawn, kinds) if kind == kinds[0]]
+        total = round(pixels / math.prod(drawn[0].shape[-2:]))
+        parts = []
+        for place, scan in enumerate(alike):
+            share = total // len(alike) + (place < total % len(alike))
+            chosen = torch.randperm(scan.shape[0], generator=rng)[: max(1, share)]
+            parts.append((scan, chosen, self._masks(scan, chosen, rng)))
+        mask = torch.cat([masks for _, _, masks in parts])
         return Measurement(
-            Subsample(mask)(scan.values(chosen)),
+            Subsample(mask)(torch.cat([scan.values(chosen) for scan, chosen, _ in parts])),
             mask,
-            CoilFourier(maps),
-            noise_std=scan.noise_std[chosen],
-            scale=scan.scale[chosen],
-            source=tuple(scan.source[int(i)] for i in chosen),
+            CoilFourier(torch.view_as_complex(torch.cat([scan.maps[chosen] for scan, chosen, _ in parts]).float())),
+            noise_std=torch.cat([scan.noise_std[chosen] for scan, chosen, _ in parts]),
+            scale=torch.cat([scan.scale[chosen] for scan, chosen, _ in parts]),
+            source=tuple(scan.source[int(i)] for scan, chosen, _ in parts for i in chosen),
         )
 
     def spectrum(self, rng: Generator, *, bins: int = 48, scans: int = 60) -> Tensor:

@@ -21,7 +21,7 @@ from msmri.physics.coils import (
 from msmri.physics.fourier import ifft2c
 from msmri.tensors import KSpace, Maps, Mask
 
-Reference = Literal["principal", "first"]
+Reference = Literal["principal", "first", "image"]
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -67,7 +67,8 @@ def espirit(
         Number of sets of maps; 2 where the field of view is smaller than the object.
     phase_reference
         What has phase zero in each set: the ``"principal"`` virtual coil, that with most energy in the calibration
-        block (as in BART; smooth maps), or the ``"first"`` coil (as in sigpy).
+        block (as in BART; smooth maps), the ``"first"`` coil (as in sigpy), or the ``"image"``: the maps then hold
+        the phase that the calibration block sees of the combined image, and what is left of the image is nearly real.
 
     Returns
     -------
@@ -113,6 +114,9 @@ def espirit(
     _on_threads(fill, pieces, n_threads=None if on_cpu else 1)
     for i in range(n_batch):
         phase = torch.einsum("c,scyx->syx", references[i].conj(), maps[i]).angle()
+        if phase_reference == "image":
+            seen = _low_resolution(block[i], (n_rows, n_columns))
+            phase = -torch.einsum("scyx,cyx->syx", maps[i].conj(), seen).angle()
         maps[i] *= torch.polar(torch.ones_like(phase), -phase)[:, None]
     if crop > 0:
         maps *= (eigenvalues > crop)[:, :, None]
@@ -246,6 +250,14 @@ def _check_block(block: Tensor) -> None:
             raise InputError(f"the centre of k-space{place} is all zero", mend="leave this slice out")
 
 
+def _low_resolution(block: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Give the coil images (coil, y, x) of a calibration block (coil, rows, columns), tapered against ringing."""
+    rows, columns = (torch.hann_window(n + 2, periodic=False, device=block.device)[1:-1] for n in size(block))
+    kspace = block.new_zeros(len(block), *shape)
+    calibration_block(kspace, *size(block)).copy_(block * rows[:, None] * columns)
+    return ifft2c(kspace)
+
+
 def _phase_reference(block: Tensor, kind: Reference) -> Tensor:
     """Give the coil weights (coil,) whose combination of the maps shall have phase zero."""
     if kind == "first":
@@ -262,7 +274,7 @@ class Espirit:
     crop: float = 0.8  # maps are zero where the eigenvalue is not above this; 0 keeps all
     sets: int | Literal["auto"] = 1  # sets of maps; "auto" takes a second one where the image is folded onto itself
     max_calibration: int = 24  # rows and columns of the centre that are read at most
-    phase_reference: Reference = "principal"  # what has phase zero: principal virtual coil or first coil
+    phase_reference: Reference = "principal"  # what has phase zero: principal virtual coil, first coil or image
     second_set_share: float = 1 / 3  # "auto": share of what one set leaves unexplained that a second must explain
 
     def __post_init__(self) -> None:

@@ -42,6 +42,26 @@ def folder(tmp_path):
     return tmp_path
 
 
+def test_scans_of_one_kind_share_a_batch(tmp_path):
+    for number, shape in enumerate([(40, 36), (40, 36), (40, 36), (33, 41)]):
+        scan(tmp_path / f"s{number}.h5", shape, seed=number)
+    alone, shared = TrainingScans(str(tmp_path)), TrainingScans(str(tmp_path), scans_per_batch=3)
+    known = {}
+    for batch in draws(alone, 40, pixels=3 * 40 * 36):
+        for i, source in enumerate(batch.source):
+            known[source] = (batch.values[i], batch.mask[i], batch.scale[i], batch.noise_std[i], batch.encoding.maps[i])
+    numbers = set()
+    for batch in draws(shared, 30, pixels=3 * 40 * 36):
+        files = [source.partition("#")[0] for source in batch.source]
+        numbers.add(len(set(files)))
+        assert len(set(batch.source)) == len(batch.source) == 3
+        assert set(files) == {"s3.h5"} or "s3.h5" not in files  # never two matrices
+        for i, source in enumerate(batch.source):
+            now = (batch.values[i], batch.mask[i], batch.scale[i], batch.noise_std[i], batch.encoding.maps[i])
+            assert all(torch.equal(a, b) for a, b in zip(known[source], now))
+    assert numbers == {1, 2, 3}
+
+
 def test_one_fixed_mask_and_nothing_else_in_every_draw(folder):
     data = TrainingScans(str(folder))
     assert len(data) == 2

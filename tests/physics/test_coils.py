@@ -286,6 +286,22 @@ def test_phase_reference():
     assert step[inside[:, 1:] & inside[:, :-1]].abs().max() < 0.5
 
 
+def test_maps_with_the_phase_of_the_image_leave_it_nearly_real():
+    kspace, _ = phantom((40, 48), 4, noise=0.01)
+    usual, _ = espirit(kspace, sets=2, crop=0)
+    maps, _ = espirit(kspace, sets=2, crop=0, phase_reference="image")
+    same = torch.einsum("bscyx,bscyx->bsyx", usual.conj(), maps).abs()
+    assert torch.allclose(same, torch.ones_like(same), atol=1e-4)  # a phase for every pixel is all that differs
+    inside = body(kspace)
+    before, after = (torch.einsum("cyx,cyx->yx", m[0, 0].conj(), ifft2c(kspace)[0])[inside] for m in (usual, maps))
+    assert before.imag.square().sum() > 0.1 * before.abs().square().sum()
+    assert after.imag.square().sum() < 0.02 * after.abs().square().sum()
+    assert (after.real > 0).float().mean() > 0.98
+    changed = kspace.clone()
+    changed[..., :8] = 5.0  # outside the calibration block: nothing follows from it
+    assert torch.equal(maps, espirit(changed, sets=2, crop=0, phase_reference="image")[0])
+
+
 def test_slices_of_a_batch_do_not_see_each_other():
     kspace = torch.cat([phantom((40, 36), noise=0.01 * (i + 1), seed=i)[0] * 10.0**i for i in range(3)])
     maps, values = espirit(kspace, sets=2)
