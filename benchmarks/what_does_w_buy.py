@@ -3,14 +3,18 @@
     python benchmarks/what_does_w_buy.py FULLY_SAMPLED_SCANS --markdown docs/results_generation.md
 
 Samples of a prior are compared, by the Frechet distance on fixed scattering features, with coil-combined images of
-fully sampled people that the prior has not seen. What a distance means is told by anchors: the references' other half,
-the references with random phases in k-space (noise of the very same spectrum), and, with --oracle, plain diffusion with
-a prior of clean images. With --inception, FID and KID as well. Interrupted, the same command goes on: every cell is
-written to the JSON as it comes, and its images to --work. The full run: --size 128 --count 3000 --steps 10 20 50 200.
+fully sampled scans: of people like those trained on, which is what a prior should draw, and with --unseen of people it
+has not seen. What a distance means is told by anchors: the references' other half, the references with random phases in
+k-space (noise of the very same spectrum), and, with --oracle, plain diffusion with a prior of clean images. --other
+names a second prior of the same data, for one number of masks. With --inception, FID and KID as well. Interrupted, the
+same command goes on: every cell is written to the JSON as it comes, and its images to --work. The full run, for a prior
+of that size: --size 128 --count 3000 --steps 10 20 50 200.
 """
 
 import argparse
+import json
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +26,11 @@ from msmri.io.fastmri import list_scans, open_scan
 from msmri.io.output import atomic, environment, fingerprint, sha256, write_manifest
 from msmri.io.samples import image_sheet
 from msmri.methods import combine_sets
-from msmri.methods.generation import Generation
+from msmri.methods.generation import HIGHEST, Generation
 from msmri.model.prior import load_prior, shipped_prior
 from msmri.physics.espirit import Espirit
 from msmri.physics.fourier import fft2c, ifft2c
-from msmri.physics.masks import RandomLines
+from msmri.physics.masks import MSM_CENTRE_FRACTION, RandomLines
 from msmri.physics.operators import CoilFourier
 from msmri.physics.simulate import coil_maps, crop_kspace
 from msmri.report import line_plot, markdown_table
@@ -109,6 +113,10 @@ def main() -> None:
     parser.add_argument("scans", nargs="+", help="fully sampled scans, or folders of them")
     parser.add_argument("--slices", type=int, default=None, help="only so many of each scan")
     parser.add_argument("--prior", type=Path, default=None)
+    parser.add_argument("--unseen", nargs="*", default=[], help="fully sampled scans of people not trained on")
+    parser.add_argument("--other", type=Path, default=None, help="a second prior of undersampled data")
+    parser.add_argument("--other-masks", type=int, default=3)
+    parser.add_argument("--note", default="", help="what a reader of the page should know about this run")
     parser.add_argument("--oracle", type=Path, default=None, help="a prior of clean images, for plain diffusion")
     parser.add_argument("--masks", nargs="*", type=int, default=[1, 2, 3, 4, 8])
     parser.add_argument("--steps", nargs="*", type=int, default=[10, 20, 50])
@@ -117,6 +125,7 @@ def main() -> None:
     parser.add_argument("--coils", type=int, default=4)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--acceleration", type=float, default=4.0)
+    parser.add_argument("--centre", type=float, default=MSM_CENTRE_FRACTION, help="share of columns in every mask")
     parser.add_argument("--aggregate", default="parallel")
     parser.add_argument("--independent", action="store_true", help="masks drawn independently, as published")
     parser.add_argument("--eta", type=float, default=1.0)
@@ -133,11 +142,16 @@ def main() -> None:
     files = {"prior": options.prior or shipped_prior()}
     if options.oracle is not None:
         files["oracle"] = options.oracle
-    told = ("size", "count", "coils", "acceleration", "aggregate", "independent", "eta", "sigma_max", "seed")
+    if options.other is not None:
+        files["other"] = options.other
+    told = ("size", "count", "coils", "acceleration", "centre", "aggregate", "independent", "eta", "sigma_max", "seed")
     settings = {name: getattr(options, name) for name in told}
     settings |= {"sha256": {name: sha256(path) for name, path in files.items()}, "references": names}
     work = options.work / f"{abs(hash_of(settings)):012x}"
     features = scattering_features(targets)
+    unseen = (
+        scattering_features(references(options.unseen, options.size, options.slices)[0]) if options.unseen else None
+    )
     rng = torch.Generator().manual_seed(options.seed)
     anchors = {
         "one half of the references against the other": frechet_distance(features[::2], features[1::2], rng=rng),
@@ -145,6 +159,8 @@ def main() -> None:
             features, scattering_features(scrambled(targets, options.seed)), rng=rng
         ),
     }
+    if unseen is not None:
+        anchors["people not trained on"] = frechet_distance(features, unseen, rng=rng)
     record: dict[str, Any] = {
         "environment": environment(),
         "settings": settings,
@@ -154,17 +170,18 @@ def main() -> None:
     }
     cells = [(f"w={w} steps={n}", {"masks_per_step": w, "steps": n}) for n in options.steps for w in options.masks]
     if options.oracle is not None:
-        plain = {"masks_per_step": 1, "law": RandomLines(1.0), "covering": False, "prior": "oracle"}
+        plain: dict[str, Any] = {"masks_per_step": 1, "law": RandomLines(1.0), "covering": False, "prior": "oracle"}
         cells += [(f"oracle steps={n}", {**plain, "steps": n}) for n in options.steps]
+    if options.other is not None:
+        second = {"masks_per_step": options.other_masks, "prior": "other"}
+        cells += [(f"other w={options.other_masks} steps={n}", {**second, "steps": n}) for n in options.steps]
     if options.out.exists():
-        import json
-
         before = json.loads(options.out.read_text("utf-8"))
         if fingerprint(before.get("settings", {})) == fingerprint(settings):
             record["cells"] = before["cells"]
     loaded: dict[str, Any] = {}
     common = {
-        "law": RandomLines(options.acceleration),
+        "law": RandomLines(options.acceleration, centre_fraction=options.centre),
         "aggregate": options.aggregate,
         "covering": not options.independent,
         "eta": options.eta,
@@ -191,6 +208,8 @@ def main() -> None:
         if "distance" not in row:
             found = scattering_features(images)
             row |= judged(frechet_distance(features, found, rng=rng), found)
+            if unseen is not None:
+                row["distance to people not trained on"] = frechet_distance(unseen, found, rng=rng).value
         if options.inception is not None and "fid" not in row:
             row |= inception_distances(targets, images, weights=options.inception, device=options.device)
         record["cells"][name] = row
@@ -207,6 +226,28 @@ def hash_of(settings: dict[str, Any]) -> int:
     import zlib
 
     return zlib.crc32(fingerprint(settings).encode())
+
+
+def in_words(record: dict[str, Any], masks: list[int], steps: list[int]) -> str:
+    """Say what the distances say: with more masks, with more steps, and against the other priors."""
+    cells, lines, passes = record["cells"], [], {}
+    for n in steps:
+        found = [cells[f"w={w} steps={n}"]["distance"] for w in masks]
+        falls = sum(after < before for before, after in pairwise(found))
+        text = f"{n} steps, w = {', '.join(map(str, masks))}: {' -> '.join(f'{d:.2f}' for d in found)}"
+        text += f"; falls {falls} of {len(found) - 1} times, least at w = {masks[found.index(min(found))]}."
+        for name, row in cells.items():
+            if name.startswith(("oracle", "other")) and name.endswith(f" steps={n}"):
+                who = "Clean-image diffusion" if name.startswith("oracle") else f"The second prior, {name.split()[1]}"
+                text += f" {who}: {row['distance']:.2f}."
+        lines.append(text)
+        for w, distance in zip(masks, found):
+            passes.setdefault(w * n, []).append((distance, f"{n} x {w}"))
+    for count, several in sorted(passes.items()):
+        if len(several) > 1:
+            text = ", ".join(f"{name}: {distance:.2f}" for distance, name in sorted(several))
+            lines.append(f"{count} network passes an image, as steps x masks: {text}.")
+    return "".join(f"- {line}\n" for line in lines)
 
 
 def write_page(options: argparse.Namespace, record: dict[str, Any], drawn: dict[str, Tensor], targets: Tensor) -> None:
@@ -235,6 +276,10 @@ def write_page(options: argparse.Namespace, record: dict[str, Any], drawn: dict[
     )
     shown = min(SHOWN, options.count)
     rows = [torch.cat([drawn[f"w={w} steps={n}"][:shown] for n in options.steps]) for w in options.masks]
+    rows += [
+        torch.cat([drawn[f"{name} steps={n}"][:shown] for n in options.steps])
+        for name in dict.fromkeys(cell.rpartition(" ")[0] for cell in cells if not cell.startswith("w="))
+    ]
     rows.append(targets[torch.arange(shown * len(options.steps)) * len(targets) // (shown * len(options.steps))])
     image_sheet(folder / "generation_sheet.png", torch.cat(rows), columns=shown * len(options.steps))
     anchors = [
@@ -244,23 +289,32 @@ def write_page(options: argparse.Namespace, record: dict[str, Any], drawn: dict[
     anchors += [
         {"images": name, "distance": row["distance"], "floor of such sets": row["floor"]}
         for name, row in cells.items()
-        if name.startswith("oracle")
+        if name.startswith(("oracle", "other"))
     ]
     inception = "".join(
         f"{name}, masks w down, steps across:\n\n{table(key, form)}\n"
         for name, key, form in (("FID (Inception)", "fid", ".1f"), ("KID (Inception)", "kid", ".4f"))
         if all(key in row for row in cells.values())
     )
+    apart = "distance to people not trained on"
+    apart = f"To {apart[12:]}:\n\n{table(apart, '.2f')}\n" if options.unseen else ""
+    others = "; then the second prior" if options.other else ""
+    others = ("; then the clean-image prior" if options.oracle else "") + others
     steps = ", ".join(map(str, options.steps))
+    note = f" {options.note}" if options.note else ""
+    said = in_words(record, options.masks, options.steps)
     options.markdown.write_text(
         "# What do more masks a step buy in generation?\n\nWritten by `benchmarks/what_does_w_buy.py`; do not edit by "
         f"hand. {settings['count']} samples a cell at {settings['size']} x {settings['size']} through "
         f"{settings['coils']} simulated coils, {settings['aggregate']} aggregation, nominal R "
-        f"{settings['acceleration']:g}, masks {'independent' if settings['independent'] else 'dealt out'}, eta "
-        f"{settings['eta']:g}, seed {settings['seed']}, prior SHA-256 `{settings['sha256']['prior'][:16]}`, commit "
-        f"`{record['environment'].get('commit')}`. References: {len(settings['references'])} coil-combined slices of "
-        f"fully sampled scans.\n\nFrechet distance on scattering features (see `msmri/distances.py`; lower is better), "
-        f"masks w down, steps across:\n\n{table('distance', '.2f')}\nFloor: the mean distance of two such sets of one "
+        f"{settings['acceleration']:g} with {settings['centre']:.1%} centre, masks "
+        f"{'independent' if settings['independent'] else 'dealt out'}, eta {settings['eta']:g}, noise from "
+        f"{settings['sigma_max'] or HIGHEST:g}, seed {settings['seed']}, prior SHA-256 "
+        f"`{settings['sha256']['prior'][:16]}`, commit `{record['environment'].get('commit')}`. References: "
+        f"{len(settings['references'])} coil-combined slices of fully sampled scans.{note}"
+        f"\n\n## In words\n\n{said}\n## Distances\n\nFrechet distance on scattering features (see "
+        f"`msmri/distances.py`; lower is better), masks w down, steps across:\n\n{table('distance', '.2f')}\n{apart}"
+        "Floor: the mean distance of two such sets of one "
         f"law:\n\n{table('floor', '.2f')}\nWhat such distances mean:\n\n"
         f"{markdown_table(anchors, {'images': '', 'distance': '.2f', 'floor of such sets': '.2f'})}\n"
         f"Seconds an image:\n\n{table('seconds an image', '.1f')}\nArtefacts of lines: mean log ratio of fine waves "
@@ -269,7 +323,7 @@ def write_page(options: argparse.Namespace, record: dict[str, Any], drawn: dict[
         "![Distance against w](images/generation_w.png)\n\n"
         "![Distance against network passes](images/generation_passes.png)\n\n"
         f"Samples: a row each for w = {', '.join(map(str, options.masks))}, from left to right {steps} steps "
-        f"({shown} samples each, the same seeds in all cells); the last row shows references.\n\n"
+        f"({shown} samples each, the same seeds in all cells){others}; the last row shows references.\n\n"
         "![Samples](images/generation_sheet.png)\n",
         "utf-8",
     )

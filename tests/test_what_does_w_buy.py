@@ -1,0 +1,87 @@
+"""The benchmark of masks and steps in generation: it goes on where it stopped, and its words follow its numbers."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from msmri.config import build
+from msmri.io import write_scan
+from msmri.model.checkpoint import save_checkpoint
+from msmri.physics.simulate import coil_maps, phantom, simulate_kspace
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "what_does_w_buy.py"
+NETWORK = {"use": "msmri.model.unet:UNet", "in_channels": 2, "out_channels": 2, "channels": [8], "blocks_per_level": 1,
+           "conditions": 1, "patch": 2}  # fmt: skip
+IMAGE = {"use": "msmri.model.ambient:ImageDenoiser", "network": NETWORK}
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[SCRIPT.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def record(distances):
+    return {"cells": {name: {"distance": value} for name, value in distances.items()}}
+
+
+def test_words_follow_the_numbers(script):
+    falling = {"w=1 steps=10": 5.0, "w=2 steps=10": 4.0, "w=4 steps=10": 3.0, "oracle steps=10": 1.5}
+    text = script.in_words(record(falling), [1, 2, 4], [10])
+    assert "5.00 -> 4.00 -> 3.00; falls 2 of 2 times, least at w = 4. Clean-image diffusion: 1.50." in text
+    rising = {"w=1 steps=10": 3.0, "w=2 steps=10": 3.5, "w=1 steps=20": 2.0, "w=2 steps=20": 1.0}
+    text = script.in_words(record(rising), [1, 2], [10, 20])
+    assert "falls 0 of 1 times, least at w = 1." in text and "falls 1 of 1 times, least at w = 2." in text
+    assert "20 network passes an image, as steps x masks: 20 x 1: 2.00, 10 x 2: 3.50." in text
+
+
+def test_runs_and_goes_on_where_it_stopped(script, tmp_path, monkeypatch, capsys):
+    for folder in ("same", "unseen"):
+        (tmp_path / folder).mkdir()
+        rng = torch.Generator().manual_seed(len(folder))
+        images = torch.stack([phantom((40, 36), rng) for _ in range(8)])
+        kspace, _ = simulate_kspace(images, coil_maps((40, 36), 3, rng), rng, noise_std=0.01)
+        write_scan(tmp_path / folder / "scan.h5", kspace)
+    for name, model in {
+        "prior": {"use": "msmri.model.denoiser_partial:DenoiserPartial", "denoiser": IMAGE},
+        "oracle": IMAGE,
+    }.items():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            tensors = build(model).state_dict()
+        recipe = {"format": "msmri-partial", "recipe": {"model": model, "data": {}, "loss": {}}}
+        save_checkpoint(tmp_path / f"{name}.safetensors", tensors, recipe)
+    where = [
+        str(tmp_path / name)
+        for name in ("same", "unseen", "prior.safetensors", "oracle.safetensors", "out.json", "page.md", "work")
+    ]
+    same, unseen, prior, oracle, out, page, work = where
+    command = ["what_does_w_buy.py", same, "--unseen", unseen, "--prior", prior, "--oracle", oracle, "--other", prior]
+    command += ["--masks", "1", "2", "--steps", "2", "--size", "32", "--count", "3", "--coils", "2", "--centre", "0.2"]
+    command += ["--work", work, "--out", out, "--markdown", page]
+    monkeypatch.setattr(sys, "argv", command)
+    script.main()
+    first = json.loads(Path(out).read_text("utf-8"))
+    assert set(first["cells"]) == {"w=1 steps=2", "w=2 steps=2", "oracle steps=2", "other w=3 steps=2"}
+    assert all(cell["distance to people not trained on"] > 0 for cell in first["cells"].values())
+    text = Path(page).read_text("utf-8")
+    assert "falls " in text and "To people not trained on" in text and "20.0% centre" in text
+    for name in ("generation_w", "generation_passes", "generation_sheet"):
+        assert (tmp_path / "images" / f"{name}.png").stat().st_size > 1000
+
+    def never(*_):
+        raise AssertionError("drawn again")
+
+    monkeypatch.setattr(script, "draw", never)
+    script.main()
+    assert json.loads(Path(out).read_text("utf-8"))["cells"] == first["cells"]
+    monkeypatch.setattr(sys, "argv", [*command, "--centre", "0.3"])  # other masks: nothing of before counts
+    with pytest.raises(AssertionError, match="drawn again"):
+        script.main()
