@@ -106,10 +106,14 @@ class Reconstruction:
         (batch, sample, 3, y, x), and have a sign in place of a phase.
     details
         Numbers a method wants to report beside its images: NFE, iterations, regularisation weight.
+    expected_error
+        Root mean square error (batch,) of a pixel that the method expects, in the file's units; None if it cannot tell.
+        The std is then scaled to it: how samples differ tells where errors are, but often not how large.
     """
 
     samples: Tensor
     details: dict[str, Any] = field(default_factory=dict)
+    expected_error: Tensor | None = None
 
     @property
     def image(self) -> Tensor:
@@ -123,7 +127,15 @@ class Reconstruction:
 
     @property
     def std(self) -> Tensor | None:
-        """Standard deviation of the magnitude, or of colours, over samples (batch, y, x); None for a single sample."""
+        """Standard deviation to expect of the magnitude, or of colours, (batch, y, x); None for a single sample.
+
+        That over the samples, scaled to ``expected_error`` where there is one.
+        """
         if self.samples.shape[1] == 1:
             return None
-        return (self.samples.abs() if self.samples.is_complex() else self.samples).std(1)
+        std = (self.samples.abs() if self.samples.is_complex() else self.samples).std(1)
+        if self.expected_error is None:
+            return std
+        overall = std.square().flatten(1).mean(1).sqrt().clamp_min(torch.finfo(std.dtype).tiny)
+        each = (-1, *(1,) * (std.ndim - 1))
+        return std / overall.reshape(each) * self.expected_error.reshape(each)

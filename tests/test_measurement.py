@@ -146,3 +146,17 @@ def test_reconstruction_summarises_its_samples():
     assert torch.equal(one.image, samples[:, 0])
     assert one.std is None
     assert Reconstruction(samples).details is not one.details
+
+
+@pytest.mark.parametrize("colours", [False, True])
+def test_an_expected_error_scales_the_std_and_nothing_else(colours):
+    shape = (2, 5, 3, 8, 9) if colours else (2, 5, 8, 9)
+    samples = torch.randn(shape, dtype=torch.float32 if colours else torch.complex64, generator=generators(0, 1)[0])
+    plain, told = Reconstruction(samples), Reconstruction(samples, {}, torch.tensor([0.5, 7.0]))
+    torch.testing.assert_close(told.std.square().flatten(1).mean(1).sqrt(), torch.tensor([0.5, 7.0]))
+    ratio = (told.std / plain.std).flatten(1)
+    torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio))
+    assert torch.equal(told.image, plain.image)
+    still = Reconstruction(samples[:, :1].expand_as(samples), {}, torch.tensor([0.5, 7.0]))
+    assert bool(torch.isfinite(still.std).all())
+    assert Reconstruction(samples[:, :1], {}, torch.tensor([0.5, 7.0])).std is None

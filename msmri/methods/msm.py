@@ -14,7 +14,7 @@ from msmri.errors import InputError
 from msmri.measurement import Measurement, Reconstruction
 from msmri.methods import FromPrior, combine_sets
 from msmri.model.denoiser import Denoiser, VPSchedule
-from msmri.model.partial import BLANK
+from msmri.model.partial import BLANK, CrossValidation
 from msmri.physics.coils import estimate_noise_std
 from msmri.physics.masks import MaskLaw, RandomLines, covering
 from msmri.physics.operators import Identity, LinearOperator, Subsample, selected
@@ -106,6 +106,7 @@ class MSM(FromPrior):
     renewal: Literal["ancestral", "constant"] = "ancestral"  # fresh noise by the size of the step, or always eta
     adapt: bool = True  # weigh what the prior's networks add by how well they predict hidden lines of the scan itself,
     # where the prior can tell (the shipped one can)
+    calibrate: bool = True  # with ``adapt``, scale the std to the error those hidden lines let expect
     start: Literal["mean", "warm", "noise"] | None = None  # the prior's estimate from the measured lines alone, or
     # CG-SENSE, plus noise of sigma_max, or noise alone; None: "mean" if the prior takes blank lines, else "warm"
     batch: int = 4  # samples that go through the network at once, each with its masks_per_step masks if in parallel
@@ -159,12 +160,14 @@ class MSM(FromPrior):
         begin = time.perf_counter()
         problem = _Problem.of(measurement)
         images, taken = [], 0
-        for encoding, step in self._run(problem, rng):
+        prior = self._partial(problem.values.device)
+        judged = self._cross_validate(prior, problem, rng)
+        for encoding, step in self._run(problem, rng, judged):
             taken += len(step.state)
             if not step.sigma > 0:
                 images.append(encoding.adjoint(step.estimate))
         stack = torch.cat(images).reshape(len(problem.values), self.samples, *images[0].shape[1:])
-        first = int(self._start(self._partial(problem.values.device), problem) == "mean")
+        first = int(self._start(prior, problem) == "mean")
         details = {
             "NFE": self.masks_per_step * taken // (len(stack) * self.samples) + first,
             "steps": taken // (len(stack) * self.samples),
@@ -173,27 +176,34 @@ class MSM(FromPrior):
             "noise_std": (problem.noise * problem.scale).flatten().tolist(),
         }
         unit = (problem.scale * measurement.scale)[:, None]
-        return Reconstruction(combine_sets(stack * unit), details)
+        expected = None
+        if judged and self.calibrate:
+            expected = torch.cat([one.error for one in judged]).sqrt() * unit.flatten()
+        return Reconstruction(combine_sets(stack * unit), details, expected)
 
     def iterate(self, measurement: Measurement, rng: Rng) -> Iterator[Step]:
         """Do what a call does and yield every step, in scaled k-space (sample, coil, ky, kx), for progress and figures.
 
         Samples are numbered slice by slice and come ``batch`` at a time, each group down the whole ladder to sigma 0.
         """
-        for _, step in self._run(_Problem.of(measurement), rng):
+        problem = _Problem.of(measurement)
+        judged = self._cross_validate(self._partial(problem.values.device), problem, rng)
+        for _, step in self._run(problem, rng, judged):
             yield step
 
-    def _gains(self, prior: PartialDenoiser, problem: "_Problem", rng: Rng) -> Tensor | None:
-        """Ask the prior how far its networks can be trusted on each slice: (slices, 1, 1, 1)."""
-        ask = getattr(prior, "network_gain", None)
+    def _cross_validate(self, prior: PartialDenoiser, problem: "_Problem", rng: Rng) -> list[CrossValidation]:
+        """Ask the prior how far its networks can be trusted on each slice; nothing if it cannot tell or need not."""
+        if len(rng) != len(problem.values):
+            raise ValueError(f"{len(problem.values)} slices need as many generators, got {len(rng)}")
+        ask = getattr(prior, "cross_validate", None)
         if ask is None or not self.adapt:
-            return None
-        gains = []
+            return []
+        found = []
         for number, generator in enumerate(rng):
             one = problem.take(torch.tensor([number]))
             with torch.inference_mode():
-                gains.append(ask(one.values, one.mask, one.encoding, one.noise, *spawn(generator, 1)))
-        return torch.cat(gains)
+                found.append(ask(one.values, one.mask, one.encoding, one.noise, *spawn(generator, 1)))
+        return found
 
     def _start(self, partial: PartialDenoiser, problem: "_Problem") -> str:
         if self.start == "mean" and not problem.part:
@@ -214,13 +224,13 @@ class MSM(FromPrior):
             raise InputError("msm: no level of schedule 'vp' is between sigma_min and sigma_max", mend="widen them")
         return sigmas
 
-    def _run(self, problem: "_Problem", rng: Rng) -> Iterator[tuple[LinearOperator, Step]]:
+    def _run(
+        self, problem: "_Problem", rng: Rng, judged: list[CrossValidation]
+    ) -> Iterator[tuple[LinearOperator, Step]]:
         """Yield every step of every group of samples, with the encoding of the group."""
         n_slices = len(problem.values)
-        if len(rng) != n_slices:
-            raise ValueError(f"{n_slices} slices need as many generators, got {len(rng)}")
         prior = self._partial(problem.values.device)
-        gains = self._gains(prior, problem, rng)
+        gains = torch.cat([one.gain for one in judged]) if judged else None
         streams = [stream for generator in rng for stream in spawn(generator, self.samples)]
         index = torch.arange(n_slices).repeat_interleave(self.samples)
         for first in range(0, len(streams), self.batch):

@@ -3,7 +3,7 @@
 import copy
 import math
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
@@ -50,6 +50,43 @@ def _interpolate(table: Tensor, position: Tensor) -> Tensor:
     """Read a table (n,) at real positions 0..n - 1, linearly."""
     low = position.floor().long().clamp(0, len(table) - 2)
     return table[low] + (position - low) * (table[low + 1] - table[low])
+
+
+def _ring(shape: tuple[int, int], device: torch.device) -> Tensor:
+    """Number the rings of k-space (ky, kx) from the centre outwards, 0.._RINGS - 1."""
+    position = radial_frequency(shape, device) / _REACH * (_RINGS - 1)
+    return position.round().long().clamp(max=_RINGS - 1)
+
+
+def _expected_error(left: Tensor, hidden: Mask, mask: Mask, noise: Sigma, *, coils: int) -> Tensor:
+    """Give the mean square error of a pixel's magnitude to expect from what is left of the hidden lines (n, 1, ky, kx).
+
+    Rings in which nothing was hidden take what is left of the nearest ring inside them, or the first one outside.
+    """
+    shape = (left.shape[-2], left.shape[-1])
+    ring = _ring(shape, left.device)
+    hidden, missing, measured = (m.expand(-1, 1, *shape) for m in (hidden, ~mask, mask))
+
+    def by_ring(values: Tensor, where: Tensor) -> Tensor:
+        places = ring.expand_as(where)[where]
+        return left.new_zeros(_RINGS).index_add_(0, places, values.expand_as(where)[where])
+
+    one = left.new_ones(1)
+    count = by_ring(one, hidden)
+    mean = (by_ring(left, hidden) / count.clamp_min(1) - 2 * coils * noise.square().flatten()).clamp_min(0)
+    known = torch.nonzero(count).flatten()
+    if len(known) == 0:
+        return left.new_zeros(())
+    nearest = (torch.searchsorted(known, torch.arange(_RINGS, device=left.device), right=True) - 1).clamp_min(0)
+    total = (mean[known[nearest]] * by_ring(one, missing)).sum() + 2 * noise.square().sum() * measured.sum()
+    return total / 2 / math.prod(shape)
+
+
+class CrossValidation(NamedTuple):
+    """What the hidden lines of one scan say of a prior's estimates."""
+
+    gain: Tensor  # (1, 1, 1, 1): how far the networks can be trusted, 0..1
+    error: Tensor  # (1,): expected mean square error of a pixel's magnitude, in scaled units
 
 
 class MeasurementPartial(nn.Module):
@@ -136,7 +173,7 @@ class MeasurementPartial(nn.Module):
         energy = state.abs().square().sum(-3, keepdim=True) / 2 - noise
         excess = torch.where(trust > 1e-6, trust * energy / prior, torch.zeros_like(trust))
         position = radial_frequency(shape, prior.device) / _REACH * (_RINGS - 1)
-        ring = position.round().long().clamp(max=_RINGS - 1).flatten()
+        ring = _ring(shape, prior.device).flatten()
         total = prior.new_zeros(len(state), _RINGS).index_add_(1, ring, excess.flatten(1))
         count = prior.new_zeros(len(state), _RINGS).index_add_(1, ring, trust.flatten(1))
         gain = ((total + _TRUST) / (count + _TRUST)).clamp(0.02, 50.0).log()
@@ -213,20 +250,24 @@ class MeasurementPartial(nn.Module):
     ) -> Image:
         """Estimate the clean image (b, set, y, x) from noisy k-space on the mask.
 
-        ``gain`` (b, 1, 1, 1), as :meth:`network_gain` gives it, is the share of what the networks add; all without it.
+        ``gain`` (b, 1, 1, 1), as of :meth:`cross_validate`, is the share of what the networks add; all without it.
         """
         first, last = self.estimates(state, mask, encoding, sigma)
         return last if gain is None else first + gain * (last - first)
 
-    def network_gain(
+    def cross_validate(
         self, values: KSpace, mask: Mask, encoding: LinearOperator, noise: Sigma, rng: Generator, *, splits: int = 4
-    ) -> Tensor:
-        """Find how far the networks can be trusted on one scan, from its measured lines alone: (1, 1, 1, 1) in 0..1.
+    ) -> CrossValidation:
+        """Find how far the networks can be trusted on one scan, and what error to expect, from measured lines alone.
 
         The measured lines, but for the very centre, are dealt into ``splits`` groups. Each group in turn is hidden and
         estimated from the rest; the gain is the least-squares share of what the networks add that best explains what
         was hidden: cross-validation of the prior on the scan, as zero-shot self-supervision does for training (Yaman
         et al. 2022). Unlike the training data, a scan may be one where the networks do harm; they then count little.
+
+        What is left of the hidden lines, less their noise, is the error to expect of lines as far from the centre that
+        were not measured; the measured ones keep their noise at most. Half of it is error of the magnitude, the other
+        half of the phase. It was made with fewer lines than there are, so that it is rather too large than too small.
 
         Parameters
         ----------
@@ -247,7 +288,9 @@ class MeasurementPartial(nn.Module):
         missing = torch.where(hidden, values - encoding(first), 0)
         energy = added.abs().square().sum()
         gain = (added.conj() * missing).real.sum() / energy.clamp_min(1e-30)
-        return torch.where(energy > 0, gain.clamp(0.0, 1.0), 1.0).reshape(1, 1, 1, 1)
+        gain = torch.where(energy > 0, gain.clamp(0.0, 1.0), 1.0).reshape(1, 1, 1, 1)
+        left = (missing - gain * added).abs().square().sum(-3, keepdim=True)
+        return CrossValidation(gain, _expected_error(left, hidden, mask, noise, coils=values.shape[-3]).reshape(1))
 
     def estimates(
         self, state: KSpace, mask: Mask, encoding: LinearOperator, sigma: Sigma, start: Image | None = None

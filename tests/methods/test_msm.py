@@ -9,6 +9,7 @@ from msmri.measurement import Measurement
 from msmri.methods import load_method
 from msmri.methods.msm import MSM
 from msmri.model.denoiser import ComplexChannels, EpsilonVP, GaussianDenoiser, VPSchedule
+from msmri.model.partial import CrossValidation
 from msmri.physics.masks import RandomLines
 from msmri.physics.operators import CoilFourier, Identity, Subsample
 from msmri.physics.solve import conjugate_gradient
@@ -388,16 +389,22 @@ def test_each_slice_has_a_gain_of_its_own():
     asked, gains = [], []
 
     class Spy:
-        def network_gain(self, values, mask, encoding, noise, rng):
+        def cross_validate(self, values, mask, encoding, noise, rng):
             asked.append((values, noise, float(torch.rand((), generator=rng))))
-            return torch.full((1, 1, 1, 1), 0.1 * len(asked))
+            return CrossValidation(torch.full((1, 1, 1, 1), 0.1 * len(asked)), torch.full((1,), 0.04 * len(asked) ** 2))
 
         def __call__(self, state, mask, encoding, sigma, gain=None):
             gains.append(None if gain is None else gain.flatten().tolist())
             return torch.where(mask, torch.ones_like(state), 0)
 
     method = MSM(prior=Spy(), steps=1, samples=2, masks_per_step=2, batch=3)
-    found = method(batch, generators(0, 3)).samples
+    result = method(batch, generators(0, 3))
+    found = result.samples
+    expected = torch.tensor([0.2, 0.4, 0.6]) * batch.centre_scale().flatten()
+    torch.testing.assert_close(result.expected_error, expected)
+    torch.testing.assert_close(result.std.square().flatten(1).mean(1).sqrt(), expected)
+    assert replace(method, calibrate=False)(batch, generators(0, 3)).expected_error is None
+    del asked[3:], gains[2:]
     assert len(asked) == 3 and asked[0][2] != asked[1][2]
     torch.testing.assert_close(asked[1][0][0], 2j * batch.values[0] / batch.centre_scale()[1])
     assert gains == [pytest.approx([0.1, 0.1, 0.2] * 2), pytest.approx([0.2, 0.3, 0.3] * 2)]

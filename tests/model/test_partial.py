@@ -465,6 +465,29 @@ class Told(MeasurementPartial):
         return first.expand(len(state), -1, -1, -1), first + self.factor * self.missing
 
 
+@pytest.mark.parametrize("noisy", [False, True])
+def test_the_error_to_expect_is_what_hidden_lines_are_missing(noisy):
+    shape = (60, 80)
+    coils, mask = encoding(shape), lines(80)
+    rng = torch.Generator().manual_seed(3)
+    truth, missing = (
+        torch.view_as_complex(torch.randn(1, 1, *shape, 2, generator=rng, dtype=torch.float64)) for _ in "ab"
+    )
+    noise = torch.full((1, 1, 1, 1), 2.0 if noisy else 0.01, dtype=torch.float64)
+    model = Told(truth, missing, 0.0)  # white error, of 1 in each real component of every pixel
+    clean = coils(truth)
+    values = clean + noise * torch.view_as_complex(torch.randn(*clean.shape, 2, generator=rng, dtype=torch.float64))
+    poisoned = torch.where(mask, values, torch.tensor(float("nan"), dtype=values.dtype))
+    found = model.cross_validate(poisoned, mask, coils, noise, torch.Generator().manual_seed(0))
+    share = float(mask.double().mean())
+    expected = (1 - share) + share * float(noise.square())
+    assert found.error.shape == (1,) and float(found.error) == pytest.approx(expected, rel=0.1)
+    exact = Told(truth, missing, 1.0)
+    found = exact.cross_validate(poisoned, mask, coils, noise, torch.Generator().manual_seed(0))
+    # how far chance takes hidden noise above its expectation in some rings and below it, to 0, in others
+    assert float(found.error) == pytest.approx(share * float(noise.square()), rel=0.1, abs=0.15 * float(noise.square()))
+
+
 @pytest.mark.parametrize("places", [False, True])
 @pytest.mark.parametrize(("factor", "gain"), [(1.0, 1.0), (2.0, 0.5), (4.0, 0.25), (0.5, 1.0), (-1.0, 0.0), (0.0, 1.0)])
 def test_network_gain_is_the_share_that_explains_hidden_lines(factor, gain, places):
@@ -476,8 +499,8 @@ def test_network_gain_is_the_share_that_explains_hidden_lines(factor, gain, plac
     values = Subsample(mask)(coils(model.truth))
     poisoned = torch.where(mask, values, torch.tensor(float("nan"), dtype=values.dtype))
     noise = torch.full((1, 1, 1, 1), 0.1, dtype=torch.float64)
-    found = model.network_gain(poisoned, mask, coils, noise, torch.Generator().manual_seed(0))
-    assert found.shape == (1, 1, 1, 1) and float(found) == pytest.approx(gain, abs=1e-6)
+    found = model.cross_validate(poisoned, mask, coils, noise, torch.Generator().manual_seed(0))
+    assert found.gain.shape == (1, 1, 1, 1) and float(found.gain) == pytest.approx(gain, abs=1e-6)
     state, everywhere, sigma = model.seen
     hidden = mask & (sigma == 100)
     assert bool(everywhere.all()) and len(state) == 4
