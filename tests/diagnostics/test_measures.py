@@ -2,13 +2,21 @@
 
 import copy
 import math
+import statistics
 from dataclasses import replace
 
 import pytest
 import torch
 
 from msmri.diagnostics.adaptation import adapt_prior, held_out_error, keep_aside
-from msmri.diagnostics.calibration import interval_coverage, local_rms, needed_factor, pivots, rank_correlation
+from msmri.diagnostics.calibration import (
+    interval_coverage,
+    local_rms,
+    needed_factor,
+    normal_coverage,
+    pivots,
+    rank_correlation,
+)
 from msmri.diagnostics.choose_w import Adaptive, Spread, interpolate, posterior_image
 from msmri.diagnostics.gaussian import GaussianPartial
 from msmri.diagnostics.noisy_reference import crossing, excess_error, image_psnr, reference
@@ -173,6 +181,16 @@ def test_images_are_drawn_from_the_posterior(choose):
 
 
 # calibration
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
+def test_normal_intervals_hold_their_share_when_the_std_is_right(factor):
+    rng = torch.Generator().manual_seed(0)
+    std = 0.1 + torch.rand(200_000, generator=rng, dtype=torch.float64)
+    error = factor * std * torch.randn(200_000, generator=rng, dtype=torch.float64)
+    found = normal_coverage(error, std, (0.3, 0.9))
+    expected = [math.erf(statistics.NormalDist().inv_cdf(0.5 + p / 2) / factor / 2**0.5) for p in (0.3, 0.9)]
+    assert found == pytest.approx(expected, abs=5e-3)
 
 
 @pytest.mark.parametrize("n", [2, 3, 8])
