@@ -169,7 +169,7 @@ def _learned(rows: list[dict[str, Any]], most: int) -> tuple[str, ...]:
     first = [row for row in rows if row["likelihood"] == rows[0]["likelihood"]]
     said += [
         f"Likelihood {row['likelihood']}, {row['samples']} samples, std as given, scaled by hidden lines of the scan: "
-        f"rms {row['rms std given']:.4f} for an error of {row['rms error']:.4f}; the 90 % intervals of normal laws hold "
+        f"rms {row['rms std given']:.4f} for an error of {row['rms error']:.4f}; 90 % intervals of normal laws hold "
         f"{100 * row['coverage of the std given'][at]:.0f} % of the truths."
         for row in rows
         if row["samples"] == most
