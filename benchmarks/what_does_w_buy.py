@@ -146,7 +146,8 @@ def main() -> None:
         files["other"] = options.other
     told = ("size", "count", "coils", "acceleration", "centre", "aggregate", "independent", "eta", "sigma_max", "seed")
     settings = {name: getattr(options, name) for name in told}
-    settings |= {"sha256": {name: sha256(path) for name, path in files.items()}, "references": names}
+    sums = {name: sha256(path) for name, path in files.items()}
+    settings |= {"sha256": {"prior": sums["prior"]}, "references": names}  # other priors may come later
     work = options.work / f"{abs(hash_of(settings)):012x}"
     features = scattering_features(targets)
     unseen = (
@@ -190,11 +191,12 @@ def main() -> None:
     }
     drawn: dict[str, Tensor] = {}
     for name, changes in cells:
-        path = work / f"{name.replace(' ', '_')}.pt"
+        which = changes.get("prior", "prior")
+        path = work / f"{name.replace(' ', '_')}_{sums[which][:8]}.pt"
         images = kept(path, (options.count, options.size, options.size))
-        row = record["cells"].get(name, {}) if images is not None else {}
+        row = record["cells"].get(name, {})
+        row = row if images is not None and row.get("prior_sha256") == sums[which] else {"prior_sha256": sums[which]}
         if images is None:
-            which = changes.get("prior", "prior")
             if which not in loaded:
                 loaded[which] = load_prior(files[which], device=options.device)
             method = Generation(**{**common, **changes, "prior": loaded[which]})

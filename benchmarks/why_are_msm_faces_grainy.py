@@ -222,7 +222,7 @@ def training_share(path: Path) -> dict[str, float]:
     """Tell from the recipe of weights what share of the training was at the noise levels of ``TRAINED``."""
     recipe = load_checkpoint(path)[1]["recipe"]
     loss = recipe["loss"]
-    if "sigma_max" in loss or "MSM" in str(loss.get("use")):
+    if loss.get("sigma_mean") is None and ("sigma_max" in loss or "MSM" in str(loss.get("use"))):
         low, high = (float(loss.get(key, other)) for key, other in (("sigma_min", 0.01), ("sigma_max", 157.0)))
         steps = [float(VPSchedule().t(torch.tensor(level, dtype=torch.float64))) for level in (low, high, *TRAINED)]
         share = (min(steps[3], steps[1]) - max(steps[2], steps[0])) / (steps[1] - steps[0])
@@ -387,7 +387,7 @@ def main() -> None:
         print(f"{name}: {row['distance']:.2f}, edges {row['edges_for_texture']:+.2f}", flush=True)
     write_manifest(options.out, record)
     folder = options.markdown.parent / "images" if options.markdown else options.out.parent
-    figures = [folder / "faces_grain_errors.png", folder / "faces_grain_drawn.png"]
+    figures = [folder / f"{options.out.stem}_{what}.png" for what in ("errors", "drawn")]
     plot(record["errors"], figures[0])
     photo_sheet(figures[1], sheet, ["rows as in the table", *[""] * (len(sheet[0]) - 1)])
     text = page(record, figures, options)

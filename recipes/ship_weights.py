@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--note", default=None, help="what else to know about how the stages follow each other")
     parser.add_argument("--kind", choices=KINDS, default="undersampled", help="of the training data")
+    parser.add_argument("--law", type=json.loads, help="node of the masks' law, where the recipe does not tell it")
     parser.add_argument("out", type=Path)
     options = parser.parse_args()
     stages = []
@@ -54,6 +55,8 @@ def main() -> None:
         named = [f"data/{Path(path).name}" for path in (paths if several else [paths])]
         recipe["data"] = {**recipe["data"], "path": named if several else named[0]}
         recipe["data"].pop("cache", None)
+        if options.law is not None:
+            recipe["data"].setdefault("law", options.law)
         if "start" in recipe:
             recipe["start"] = "the stage before"
         stages.append({key: header[key] for key in ("recipe", "step", "cpu_hours", "loss", "msmri") if key in header})

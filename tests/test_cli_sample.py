@@ -245,3 +245,12 @@ def test_weights_that_do_not_draw_by_msm_are_refused(tmp_path):
         (line,) = errors(result)
         assert name in line and "MSM recipe" in line
     assert names(tmp_path / "out") == []
+
+
+def test_the_shipped_prior_draws_as_its_weights_tell(tmp_path):
+    """No option but where to write: its size, masks and highest noise level."""
+    result = invoke("sample", "-o", tmp_path / "out", "--dry-run")
+    assert "16 images of 64 x 64 from brain64_msm.safetensors" in result.stdout
+    assert "from sigma 30 to 0.01" in result.stdout and "8 centre lines" in result.stdout
+    trained_on = load_prior(files("msmri") / "weights" / "brain64_msm.safetensors").law
+    assert trained_on.acceleration == 4 and trained_on.centre_fraction == 0.125

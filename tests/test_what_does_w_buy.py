@@ -82,6 +82,12 @@ def test_runs_and_goes_on_where_it_stopped(script, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(script, "draw", never)
     script.main()
     assert json.loads(Path(out).read_text("utf-8"))["cells"] == first["cells"]
+    monkeypatch.setattr(sys, "argv", [*command, "--other", oracle])  # another second prior: it alone is drawn anew
+    asked = []
+    monkeypatch.setattr(script, "draw", lambda method, options: asked.append(method) or torch.rand(3, 32, 32))
+    script.main()
+    assert len(asked) == 1
+    monkeypatch.setattr(script, "draw", never)
     monkeypatch.setattr(sys, "argv", [*command, "--centre", "0.3"])  # other masks: nothing of before counts
     with pytest.raises(AssertionError, match="drawn again"):
         script.main()

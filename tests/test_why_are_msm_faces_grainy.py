@@ -70,8 +70,13 @@ def test_power_is_found_in_its_band(script, cycles, band):
     assert int(power.argmax()) == band and power.sum() - power[band] < 1e-6 * power[band]
 
 
-def test_share_of_training_is_that_of_the_losses(script, weights):
-    """Levels that either loss shows its model, counted."""
+def test_share_of_training_is_that_of_the_losses(script, weights, tmp_path):
+    """Levels that the losses show their models, counted."""
+    header = {
+        "format": "msmri-partial",
+        "recipe": {**RECIPES["msm"], "loss": {**RECIPES["msm"]["loss"], "sigma_mean": -1}},
+    }
+    save_checkpoint(tmp_path / "faces_log.safetensors", {"a": torch.zeros(1)}, header)
     shown = []
 
     class Model(torch.nn.Module):
@@ -86,11 +91,12 @@ def test_share_of_training_is_that_of_the_losses(script, weights):
     ones = torch.ones(n, 1, 1, 1)
     batch = Measurement(ones, torch.ones(1, 1, 1, 1, dtype=torch.bool), Identity(), torch.zeros(1))
     low, high = script.TRAINED
-    for name, loss in {"msm": NoiselessMSM(sigma_max=40.0), "oracle": CleanLoss()}.items():
+    log = NoiselessMSM(sigma_max=40.0, sigma_mean=-1.0)
+    for name, loss in {"msm": NoiselessMSM(sigma_max=40.0), "oracle": CleanLoss(), "log": log}.items():
         shown.clear()
         loss(Model(), batch, torch.Generator().manual_seed(0))
         counted = sum(low <= sigma <= high for sigma in shown) / n
-        told = script.training_share(weights / f"faces_{name}.safetensors")
+        told = script.training_share((tmp_path if name == "log" else weights) / f"faces_{name}.safetensors")
         assert told["share"] == pytest.approx(counted, abs=0.008)
         assert told["pixels"] == (1 if name == "oracle" else RandomTiles().kept / 16)
 
@@ -177,7 +183,7 @@ def test_a_quick_run_writes_page_and_pictures_and_goes_on(script, weights, tmp_p
     assert all(row["dB"] == 0 for row in record["errors"] if row["estimate"] == "oracle")
     assert {row["estimate"] for row in record["errors"]} == {n for n in script.COMPARED if n.split(",")[0] in RECIPES}
     page = (tmp_path / "page.md").read_text()
-    for name in ("faces_grain_errors.png", "faces_grain_drawn.png"):
+    for name in ("o_errors.png", "o_drawn.png"):
         assert (tmp_path / "images" / name).stat().st_size > 0 and name in page
     assert "## In words" in page and "nan" not in page
     monkeypatch.setattr(script, "draw", None)  # a second run draws nothing

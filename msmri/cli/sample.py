@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from msmri.methods.generation import Generation
     from msmri.physics.operators import LinearOperator
 
+SHIPPED_SIZE = "64x64"  # what the shipped prior was trained on
 COLOURS = "colours within -1..1"
 UNITS = "scaled: the 99th percentile of the root-sum-of-squares image of the centre lines is 1"
 
@@ -23,10 +24,15 @@ UNITS = "scaled: the 99th percentile of the root-sum-of-squares image of the cen
 def sample(
     out: Annotated[Path, typer.Option("-o", "--out", help="Directory to write into.")],
     recipe: Recipe = None,
-    prior: Annotated[Path | None, typer.Option(help="Weights of the prior, for the shipped ones.")] = None,
+    prior: Annotated[
+        Path | None, typer.Option(help="Weights of the prior; the shipped one of 64 x 64 brains without it.")
+    ] = None,
     count: Annotated[int, typer.Option(help="How many images to draw.")] = 16,
     size: Annotated[
-        str | None, typer.Option(help="Rows x columns; 128x128 without it, or the size of the photographs trained on.")
+        str | None,
+        typer.Option(
+            help="Rows x columns; 128x128 without it, or what the shipped prior or photographs were trained on."
+        ),
     ] = None,
     coils: Annotated[int, typer.Option(help="Simulated coils to draw the images through.")] = 6,
     maps: Annotated[Path | None, typer.Option(help="Coil maps of msmri coils, in place of simulated ones.")] = None,
@@ -68,7 +74,8 @@ def sample(
 
     for option, value in (("--count", count), ("--coils", coils), ("--batch", batch)):
         common.at_least(value, 1, option)
-    path, place = prior or shipped_prior(), common.find_device(device)
+    path, place = prior or shipped_prior(draws=True), common.find_device(device)
+    size = size or (SHIPPED_SIZE if prior is None else None)
     trained = (read_header(path).get("recipe") or {}) if path.suffix == ".safetensors" else {}
     pixels = (trained.get("data") or {}).get("size")  # of photographs; scans have none
     model: Any = load_prior(path, device=place)
@@ -79,7 +86,7 @@ def sample(
     chosen = told or common.find_law(law or "random-lines", acceleration, None)
     if chosen is None or isinstance(chosen, torch.Tensor):
         raise InputError("--law wants the name of a law, not a file", path=law)
-    if pixels is not None and sigma_max is None:
+    if sigma_max is None and (pixels is not None or preset == "default"):
         sigma_max = (trained.get("loss") or {}).get("sigma_max")
     given = {"masks_per_step": masks, "steps": steps, "eta": eta, "covering": covering, "aggregate": aggregate}
     given["sigma_max"] = sigma_max

@@ -194,6 +194,8 @@ class TrainingScans(_Scans):
     calibration lines, the scale from its centre lines, the noise level from its measured high frequencies.
     """
 
+    law: MaskLaw | None = None  # that the masks were drawn by: told to samplers by the weights, not used in training
+
     def _check(self, scan: Scan, slices: list[Measurement]) -> None:
         if not scan.is_undersampled:
             raise InputError(

@@ -11,11 +11,12 @@ from msmri.errors import InputError
 from msmri.model.checkpoint import load_checkpoint, load_published
 
 SHIPPED = "brain_r4.safetensors"  # in msmri/weights
+DRAWS = "brain64_msm.safetensors"  # as well; axial slices of 64 x 64
 
 
-def shipped_prior() -> Path:
-    """Give the path of the demonstration prior that comes with the package."""
-    return Path(str(files("msmri") / "weights" / SHIPPED))
+def shipped_prior(*, draws: bool = False) -> Path:
+    """Give the path of the demonstration prior that comes with the package: to reconstruct with, or to draw from."""
+    return Path(str(files("msmri") / "weights" / (DRAWS if draws else SHIPPED)))
 
 
 def load_prior(path: str | Path | None = None, *, device: str = "cpu", **published: Any) -> nn.Module:
