@@ -52,6 +52,8 @@ def test_every_method_with_weights_is_compared(quick):
     assert len({row["true_R"] for row in rows.values()}) == 1  # one mask for all
     assert all(15 < row["psnr"] < 50 and 0 < row["ssim"] < 1 for row in rows.values())
     assert rows["msm"]["psnr"] > rows["cg-sense"]["psnr"] > rows["zero-filled"]["psnr"]
+    assert rows["all lines measured"]["psnr"] > rows["msm"]["psnr"]
+    assert "**all lines measured**" not in result.stdout and "by the same maps: " in result.stdout
     assert rows["msm"]["error_per_std"] > 0 and rows["msm"]["NFE"] == 3
     assert any(row["view"] == "paper" for row in record["rows"])
     page = (folder / "page.md").read_text()
