@@ -179,6 +179,7 @@ class MSM(FromPrior):
         expected = None
         if judged and self.calibrate:
             expected = torch.cat([one.error for one in judged]).sqrt() * unit.flatten()
+            details["expected_error"] = expected.tolist()
         return Reconstruction(combine_sets(stack * unit), details, expected)
 
     def iterate(self, measurement: Measurement, rng: Rng) -> Iterator[Step]:

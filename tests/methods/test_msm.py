@@ -402,6 +402,7 @@ def test_each_slice_has_a_gain_of_its_own():
     found = result.samples
     expected = torch.tensor([0.2, 0.4, 0.6]) * batch.centre_scale().flatten()
     torch.testing.assert_close(result.expected_error, expected)
+    assert result.details["expected_error"] == pytest.approx(expected.tolist())
     torch.testing.assert_close(result.std.square().flatten(1).mean(1).sqrt(), expected)
     assert replace(method, calibrate=False)(batch, generators(0, 3)).expected_error is None
     del asked[3:], gains[2:]
