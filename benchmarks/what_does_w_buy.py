@@ -6,9 +6,10 @@ Samples of a prior are compared, by the Frechet distance on fixed scattering fea
 fully sampled scans: of people like those trained on, which is what a prior should draw, and with --unseen of people it
 has not seen. What a distance means is told by anchors: the references' other half, the references with random phases in
 k-space (noise of the very same spectrum), and, with --oracle, plain diffusion with a prior of clean images. --other
-names a second prior of the same data, for one number of masks. With --inception, FID and KID as well. Interrupted, the
-same command goes on: every cell is written to the JSON as it comes, and its images to --work. The full run, for a prior
-of that size: --size 128 --count 3000 --steps 10 20 50 200.
+names a second prior of the same data, --denser masks that show more lines than those trained on, both for one number
+of masks. With --inception, FID and KID as well. Interrupted, the same command goes on: every cell is written to the
+JSON as it comes, and its images to --work. The full run, for a prior of that size: --size 128 --count 3000 --steps 10 20
+50 200.
 """
 
 import argparse
@@ -115,7 +116,8 @@ def main() -> None:
     parser.add_argument("--prior", type=Path, default=None)
     parser.add_argument("--unseen", nargs="*", default=[], help="fully sampled scans of people not trained on")
     parser.add_argument("--other", type=Path, default=None, help="a second prior of undersampled data")
-    parser.add_argument("--other-masks", type=int, default=3)
+    parser.add_argument("--denser", nargs="*", type=float, default=[], help="draw by masks of these R besides")
+    parser.add_argument("--besides", type=int, default=2, help="masks a step of --other and --denser")
     parser.add_argument("--note", default="", help="what a reader of the page should know about this run")
     parser.add_argument("--oracle", type=Path, default=None, help="a prior of clean images, for plain diffusion")
     parser.add_argument("--masks", nargs="*", type=int, default=[1, 2, 3, 4, 8])
@@ -174,8 +176,11 @@ def main() -> None:
         plain: dict[str, Any] = {"masks_per_step": 1, "law": RandomLines(1.0), "covering": False, "prior": "oracle"}
         cells += [(f"oracle steps={n}", {**plain, "steps": n}) for n in options.steps]
     if options.other is not None:
-        second = {"masks_per_step": options.other_masks, "prior": "other"}
-        cells += [(f"other w={options.other_masks} steps={n}", {**second, "steps": n}) for n in options.steps]
+        second = {"masks_per_step": options.besides, "prior": "other"}
+        cells += [(f"other w={options.besides} steps={n}", {**second, "steps": n}) for n in options.steps]
+    for dense in options.denser:
+        more = {"masks_per_step": options.besides, "law": RandomLines(dense, centre_fraction=options.centre)}
+        cells += [(f"R={dense:g} w={options.besides} steps={n}", {**more, "steps": n}) for n in options.steps]
     if options.out.exists():
         before = json.loads(options.out.read_text("utf-8"))
         if fingerprint(before.get("settings", {})) == fingerprint(settings):
@@ -239,9 +244,10 @@ def in_words(record: dict[str, Any], masks: list[int], steps: list[int]) -> str:
         text = f"{n} steps, w = {', '.join(map(str, masks))}: {' -> '.join(f'{d:.2f}' for d in found)}"
         text += f"; falls {falls} of {len(found) - 1} times, least at w = {masks[found.index(min(found))]}."
         for name, row in cells.items():
-            if name.startswith(("oracle", "other")) and name.endswith(f" steps={n}"):
-                who = "Clean-image diffusion" if name.startswith("oracle") else f"The second prior, {name.split()[1]}"
-                text += f" {who}: {row['distance']:.2f}."
+            if not name.startswith("w=") and name.endswith(f" steps={n}"):
+                first, masks_, *_ = name.split()
+                who = {"oracle": "Clean-image diffusion", "other": f"The second prior, {masks_}"}.get(first)
+                text += f" {who or f'Masks of {first}, {masks_}'}: {row['distance']:.2f}."
         lines.append(text)
         for w, distance in zip(masks, found):
             passes.setdefault(w * n, []).append((distance, f"{n} x {w}"))
@@ -291,7 +297,7 @@ def write_page(options: argparse.Namespace, record: dict[str, Any], drawn: dict[
     anchors += [
         {"images": name, "distance": row["distance"], "floor of such sets": row["floor"]}
         for name, row in cells.items()
-        if name.startswith(("oracle", "other"))
+        if not name.startswith("w=")
     ]
     inception = "".join(
         f"{name}, masks w down, steps across:\n\n{table(key, form)}\n"
@@ -300,8 +306,9 @@ def write_page(options: argparse.Namespace, record: dict[str, Any], drawn: dict[
     )
     apart = "distance to people not trained on"
     apart = f"To {apart[12:]}:\n\n{table(apart, '.2f')}\n" if options.unseen else ""
-    others = "; then the second prior" if options.other else ""
-    others = ("; then the clean-image prior" if options.oracle else "") + others
+    others = "; then the clean-image prior" if options.oracle else ""
+    others += "; then the second prior" if options.other else ""
+    others += "".join(f"; then masks of R = {dense:g}" for dense in options.denser)
     steps = ", ".join(map(str, options.steps))
     note = f" {options.note}" if options.note else ""
     said = in_words(record, options.masks, options.steps)

@@ -33,9 +33,16 @@ def record(distances):
 
 
 def test_words_follow_the_numbers(script):
-    falling = {"w=1 steps=10": 5.0, "w=2 steps=10": 4.0, "w=4 steps=10": 3.0, "oracle steps=10": 1.5}
+    falling = {
+        "w=1 steps=10": 5.0,
+        "w=2 steps=10": 4.0,
+        "w=4 steps=10": 3.0,
+        "oracle steps=10": 1.5,
+        "R=2 w=2 steps=10": 2.5,
+    }
     text = script.in_words(record(falling), [1, 2, 4], [10])
-    assert "5.00 -> 4.00 -> 3.00; falls 2 of 2 times, least at w = 4. Clean-image diffusion: 1.50." in text
+    assert "5.00 -> 4.00 -> 3.00; falls 2 of 2 times, least at w = 4." in text
+    assert "Clean-image diffusion: 1.50. Masks of R=2, w=2: 2.50." in text
     rising = {"w=1 steps=10": 3.0, "w=2 steps=10": 3.5, "w=1 steps=20": 2.0, "w=2 steps=20": 1.0}
     text = script.in_words(record(rising), [1, 2], [10, 20])
     assert "falls 0 of 1 times, least at w = 1." in text and "falls 1 of 1 times, least at w = 2." in text
@@ -65,11 +72,18 @@ def test_runs_and_goes_on_where_it_stopped(script, tmp_path, monkeypatch, capsys
     same, unseen, prior, oracle, out, page, work = where
     command = ["what_does_w_buy.py", same, "--unseen", unseen, "--prior", prior, "--oracle", oracle, "--other", prior]
     command += ["--masks", "1", "2", "--steps", "2", "--size", "32", "--count", "3", "--coils", "2", "--centre", "0.2"]
+    command += ["--denser", "2"]
     command += ["--work", work, "--out", out, "--markdown", page]
     monkeypatch.setattr(sys, "argv", command)
     script.main()
     first = json.loads(Path(out).read_text("utf-8"))
-    assert set(first["cells"]) == {"w=1 steps=2", "w=2 steps=2", "oracle steps=2", "other w=3 steps=2"}
+    assert set(first["cells"]) == {
+        "w=1 steps=2",
+        "w=2 steps=2",
+        "oracle steps=2",
+        "other w=2 steps=2",
+        "R=2 w=2 steps=2",
+    }
     assert all(cell["distance to people not trained on"] > 0 for cell in first["cells"].values())
     text = Path(page).read_text("utf-8")
     assert "falls " in text and "To people not trained on" in text and "20.0% centre" in text
