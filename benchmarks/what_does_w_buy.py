@@ -8,8 +8,7 @@ has not seen. What a distance means is told by anchors: the references' other ha
 k-space (noise of the very same spectrum), and, with --oracle, plain diffusion with a prior of clean images. --other
 names a second prior of the same data, --denser masks that show more lines than those trained on, both for one number
 of masks. With --inception, FID and KID as well. Interrupted, the same command goes on: every cell is written to the
-JSON as it comes, and its images to --work. The full run, for a prior of that size: --size 128 --count 3000 --steps 10 20
-50 200.
+JSON as it comes, and its images to --work. A full run: --size 128 --count 3000 --steps 10 20 50 200.
 """
 
 import argparse
