@@ -1,6 +1,7 @@
 """``msmri sample``: draw images from a prior, measured by nobody."""
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from msmri.physics.operators import LinearOperator
 
 SHIPPED_SIZE = "64x64"  # what the shipped prior was trained on
+SHIPPED_ACCELERATION = (
+    2.0  # of the masks: it draws best by denser ones than those trained on (docs/results_generation.md)
+)
 COLOURS = "colours within -1..1"
 UNITS = "scaled: the 99th percentile of the root-sum-of-squares image of the centre lines is 1"
 
@@ -46,7 +50,10 @@ def sample(
     ] = None,
     aggregate: Annotated[str | None, typer.Option(help="Masks of a step: parallel, or sequential.")] = None,
     sigma_max: Annotated[float | None, typer.Option(help="Highest noise level, in units of the prior.")] = None,
-    acceleration: Annotated[float, typer.Option("--acceleration", "-R", help="Of the masks: as in training.")] = 4.0,
+    acceleration: Annotated[
+        float | None,
+        typer.Option("--acceleration", "-R", help="Of the masks: as in training, else 4; 2 by the shipped prior."),
+    ] = None,
     law: Annotated[
         str | None, typer.Option(help="Law of the masks; that of training where weights tell it, else random-lines.")
     ] = None,
@@ -83,7 +90,11 @@ def sample(
     if published is not None:
         pixels, model.law = published, RandomTiles()
     told = None if law is not None else getattr(model, "law", None)
-    chosen = told or common.find_law(law or "random-lines", acceleration, None)
+    if prior is None and law is None and acceleration is None:
+        acceleration = SHIPPED_ACCELERATION
+    if acceleration is not None and hasattr(told, "acceleration"):
+        told = replace(told, acceleration=acceleration)
+    chosen = told or common.find_law(law or "random-lines", acceleration or 4.0, None)
     if chosen is None or isinstance(chosen, torch.Tensor):
         raise InputError("--law wants the name of a law, not a file", path=law)
     if sigma_max is None and (pixels is not None or preset == "default"):
