@@ -89,10 +89,10 @@ def sample(
     published = published_size(model, path)
     if published is not None:
         pixels, model.law = published, RandomTiles()
-    told = None if law is not None else getattr(model, "law", None)
+    told: Any = None if law is not None else getattr(model, "law", None)
     if prior is None and law is None and acceleration is None:
         acceleration = SHIPPED_ACCELERATION
-    if acceleration is not None and hasattr(told, "acceleration"):
+    if acceleration is not None and "acceleration" in getattr(told, "__dataclass_fields__", ()):
         told = replace(told, acceleration=acceleration)
     chosen = told or common.find_law(law or "random-lines", acceleration or 4.0, None)
     if chosen is None or isinstance(chosen, torch.Tensor):

@@ -107,7 +107,8 @@ def calibration(
         for number, case in enumerate(cases):
             result = method(case, spawn(subject.rng(f"person {number}"), 1))
             found = result.samples[0].abs().cpu()
-            stated.append([replace(result, samples=result.samples[:, :n]).std for n in wanted])
+            spreads = [replace(result, samples=result.samples[:, :n]).std for n in wanted]
+            stated.append([spread[0].cpu() for spread in spreads if spread is not None])
             assert case.target is not None
             where = inside(case.target[0].cpu())
             images.append((found, case.target[0].cpu(), where))
@@ -115,7 +116,7 @@ def calibration(
             truths.append(case.target[0].cpu()[where])
         values, truth = torch.cat(drawn, 1), torch.cat(truths)
         for which, n in enumerate(wanted):
-            scaled = torch.cat([one[which][0].cpu()[where] for one, (*_, where) in zip(stated, images)])
+            scaled = torch.cat([one[which][where] for one, (*_, where) in zip(stated, images)])
             pivot = pivots(values[:n], truth)
             error = (truth - values[:n].mean(0)).abs()
             rms_error = torch.cat([local_rms(whole - found[:n].mean(0))[where] for found, whole, where in images])
