@@ -248,14 +248,12 @@ def test_weights_that_do_not_draw_by_msm_are_refused(tmp_path):
 
 
 def test_the_shipped_prior_draws_as_its_weights_tell(tmp_path):
-    """No option but where to write: its size, the centre of its masks and its highest noise level."""
+    """No option but where to write: its size, its masks and its highest noise level."""
     result = invoke("sample", "-o", tmp_path / "out", "--dry-run")
     assert "16 images of 64 x 64 from brain64_msm.safetensors" in result.stdout
     assert "from sigma 30 to 0.01" in result.stdout and "8 centre lines" in result.stdout
-    assert "nominal 2.00" in result.stdout  # denser than those trained on: docs/results_generation.md
+    assert "nominal 4.00" in result.stdout
     weights = files("msmri") / "weights" / "brain64_msm.safetensors"
     assert (load_prior(weights).law.acceleration, load_prior(weights).law.centre_fraction) == (4, 0.125)
-    given = invoke("sample", "-o", tmp_path / "out", "--dry-run", "--prior", weights, "--size", "64x64")
-    assert "nominal 4.00" in given.stdout and "8 centre lines" in given.stdout
     given = invoke("sample", "-o", tmp_path / "out", "--dry-run", "-R", "3")
     assert "nominal 3.00" in given.stdout and "8 centre lines" in given.stdout

@@ -154,7 +154,7 @@ def invoke(*arguments, code=0):
 POSTERIOR = {"eta": 0.85, "schedule": "vp", "likelihood": "gradient", "start": "noise", "samples": 1, "steps": 2,
              "aggregate": "parallel", "include_measured": False}  # fmt: skip
 TOLD = {  # what the manifest must tell of the sampler, after two steps instead of 200
-    "brain64_generate": {"masks_per_step": 3, "eta": 1.0, "covering": True, "schedule": None, "sigma_max": 30.0},
+    "brain64_generate": {"masks_per_step": 8, "eta": 1.0, "covering": True, "schedule": None, "sigma_max": 30.0},
     "mri256_csmri": POSTERIOR | {"masks_per_step": 3, "data_weight": 2.0, "covering": False},
     "mri256_generate": {"masks_per_step": 3, "eta": 1.0, "covering": False, "schedule": "vp", "renewal": "constant"},
     "mri256_generate_oracle": {"masks_per_step": 1, "eta": 1.0, "schedule": None, "sigma_max": None},
@@ -163,7 +163,7 @@ TOLD = {  # what the manifest must tell of the sampler, after two steps instead 
     "photos128_super_resolution": POSTERIOR | {"masks_per_step": 2, "data_weight": 1.75, "covering": True},
 }
 DRAWN = {  # what sample says before it begins
-    "brain64_generate": ("64 x 64", "50 steps from sigma 30 to 0.01", "3 masks a step of random lines: nominal 2.00"),
+    "brain64_generate": ("64 x 64", "50 steps from sigma 30 to 0.01", "8 masks a step of random lines: nominal 4.00"),
     "mri256_generate": ("256 x 256", "200 steps from sigma 1", "3 masks a step of random lines: nominal 4.00"),
     "mri256_generate_oracle": ("256 x 256", "200 steps from sigma 10 to 0.01", "1 masks a step of random lines: nomin"),
     "photos128_generate": ("128 x 128", "200 steps from sigma 1", "3 masks a step of random tiles: nominal 1.67"),
@@ -195,7 +195,7 @@ def test_a_shrunk_copy_draws(path, tmp_path):
     assert manifest["recipe"] == {"name": path.name, "content": load_recipe(path)}
     assert subset(manifest["settings"]["method"], TOLD[path.stem]) == TOLD[path.stem]
     acceleration = {
-        "brain64_generate": 2,
+        "brain64_generate": 4,
         "mri256_generate": 4,
         "mri256_generate_oracle": 1,
         "photos128_generate": 1.6667,

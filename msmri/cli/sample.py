@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from msmri.physics.operators import LinearOperator
 
 SHIPPED_SIZE = "64x64"  # what the shipped prior was trained on
-SHIPPED_ACCELERATION = (
-    2.0  # of the masks: it draws best by denser ones than those trained on (docs/results_generation.md)
-)
 COLOURS = "colours within -1..1"
 UNITS = "scaled: the 99th percentile of the root-sum-of-squares image of the centre lines is 1"
 
@@ -52,7 +49,7 @@ def sample(
     sigma_max: Annotated[float | None, typer.Option(help="Highest noise level, in units of the prior.")] = None,
     acceleration: Annotated[
         float | None,
-        typer.Option("--acceleration", "-R", help="Of the masks: as in training, else 4; 2 by the shipped prior."),
+        typer.Option("--acceleration", "-R", help="Of the masks: that of training where weights tell it, else 4."),
     ] = None,
     law: Annotated[
         str | None, typer.Option(help="Law of the masks; that of training where weights tell it, else random-lines.")
@@ -90,8 +87,6 @@ def sample(
     if published is not None:
         pixels, model.law = published, RandomTiles()
     told: Any = None if law is not None else getattr(model, "law", None)
-    if prior is None and law is None and acceleration is None:
-        acceleration = SHIPPED_ACCELERATION
     if acceleration is not None and "acceleration" in getattr(told, "__dataclass_fields__", ()):
         told = replace(told, acceleration=acceleration)
     chosen = told or common.find_law(law or "random-lines", acceleration or 4.0, None)
