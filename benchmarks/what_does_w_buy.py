@@ -140,7 +140,7 @@ def main() -> None:
     options = parser.parse_args()
 
     targets, names = references(options.scans, options.size, options.slices)
-    files = {"prior": options.prior or shipped_prior()}
+    files = {"prior": options.prior or shipped_prior(draws=True)}
     if options.oracle is not None:
         files["oracle"] = options.oracle
     if options.other is not None:
@@ -151,9 +151,9 @@ def main() -> None:
     settings |= {"sha256": {"prior": sums["prior"]}, "references": names}  # other priors may come later
     work = options.work / f"{abs(hash_of(settings)):012x}"
     features = scattering_features(targets)
-    unseen = (
-        scattering_features(references(options.unseen, options.size, options.slices)[0]) if options.unseen else None
-    )
+    unseen = None
+    if options.unseen:
+        unseen = scattering_features(references(options.unseen, options.size, options.slices)[0])
     rng = torch.Generator().manual_seed(options.seed)
     anchors = {
         "one half of the references against the other": frechet_distance(features[::2], features[1::2], rng=rng),

@@ -1,12 +1,10 @@
 """The benchmark of noise: its noise is what it says, nothing is run twice, and words follow from rows."""
 
 import argparse
-import importlib.util
 import json
 import math
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import h5py
 import pytest
@@ -22,23 +20,14 @@ from msmri.physics.coils import estimate_noise_std
 from msmri.physics.fourier import ifft2c
 from msmri.testing import phantom_measurement
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 NETWORK = {"use": "msmri.model.unet:UNet", "in_channels": 4, "channels": [8, 8], "blocks_per_level": 1}
 MODEL = {"use": "msmri.model.partial:MeasurementPartial", "network": NETWORK, "wiener_iterations": 3}
 LOSSES = {"noiseless": "msm_training:LinewiseMSM", "noisy": "msm_noisy:NoisyLinewiseMSM"}
 
 
 @pytest.fixture(scope="module")
-def cost():
-    spec = importlib.util.spec_from_file_location("what_does_noise_cost", BENCHMARKS / "what_does_noise_cost.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(BENCHMARKS))  # it shares code with the comparison of methods
-    sys.modules["what_does_noise_cost"] = module  # dataclasses look their module up
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return module
+def cost(load_benchmark):
+    return load_benchmark("what_does_noise_cost")
 
 
 @pytest.fixture(scope="module")

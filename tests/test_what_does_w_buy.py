@@ -1,6 +1,5 @@
 """The benchmark of masks and steps in generation: it goes on where it stopped, and its words follow its numbers."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -13,19 +12,14 @@ from msmri.io import write_scan
 from msmri.model.checkpoint import save_checkpoint
 from msmri.physics.simulate import coil_maps, phantom, simulate_kspace
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "what_does_w_buy.py"
 NETWORK = {"use": "msmri.model.unet:UNet", "in_channels": 2, "out_channels": 2, "channels": [8], "blocks_per_level": 1,
            "conditions": 1, "patch": 2}  # fmt: skip
 IMAGE = {"use": "msmri.model.ambient:ImageDenoiser", "network": NETWORK}
 
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[SCRIPT.stem] = module
-    spec.loader.exec_module(module)
-    return module
+def script(load_benchmark):
+    return load_benchmark("what_does_w_buy")
 
 
 def record(distances):

@@ -1,9 +1,7 @@
 """The benchmark of grain in drawn faces: what it measures, and that its words follow its numbers."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +18,6 @@ from msmri.sampling.aggregate import aggregate
 from msmri.sampling.reverse import Step
 from msmri.tensors import generators
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "why_are_msm_faces_grainy.py"
 NETWORK = {"use": "msmri.model.unet:UNet", "in_channels": 3, "out_channels": 3, "channels": [8], "blocks_per_level": 1,
            "conditions": 1, "patch": 2}  # fmt: skip
 IMAGE = {"use": "msmri.model.ambient:ImageDenoiser", "network": NETWORK}
@@ -38,12 +35,8 @@ RECIPES = {
 
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[SCRIPT.stem] = module
-    spec.loader.exec_module(module)
-    return module
+def script(load_benchmark):
+    return load_benchmark("why_are_msm_faces_grainy")
 
 
 @pytest.fixture(scope="module")
