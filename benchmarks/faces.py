@@ -71,7 +71,7 @@ ENTRIES: dict[str, Entry] = {
     "biharmonic": Entry("biharmonic", NOTHING, tasks=HOLES),
     "bicubic": Entry("bicubic", NOTHING, tasks=ENLARGED),
     "tv": Entry("tv-image", NOTHING),
-    "a-dps": Entry("a-dps", TILES, {**MANY, "steps": 100}, AMBIENT, faces=16),
+    "a-dps": Entry("a-dps", TILES, {**MANY, "steps": 100}, AMBIENT),
     "msm, paper's sampler": Entry("msm", TILES, {"preset": "paper-restoration", "batch": 64}, MSM_WEIGHTS, faces=16),
     "msm": Entry("msm", TILES, {"preset": "restoration", **MANY}, MSM_WEIGHTS),
     "msm, learned from noise": Entry("msm", NOISY, {"preset": "restoration", **MANY}, MSM_NOISY),
@@ -104,7 +104,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ffhq", type=Path, default=None, help="further test faces, never shown in pictures")
     parser.add_argument("--weights", type=Path, default=SHIPPED, help="folder of faces_*.safetensors")
     parser.add_argument("--size", type=int, default=32)
-    parser.add_argument("--count", type=int, default=64, help="faces of each set")
+    parser.add_argument("--count", type=int, nargs="+", default=[64], help="faces of each set, or one a set")
     parser.add_argument("--validation", type=int, default=6, help="training faces to tune on")
     parser.add_argument("--tasks", nargs="*", default=["box", "super-resolution", "random", "tiles", "sensing"])
     parser.add_argument("--methods", nargs="*", default=list(ENTRIES), choices=list(ENTRIES), help="labels of rows")
@@ -122,7 +122,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--markdown", type=Path, default=None)
     options = parser.parse_args()
     if options.quick:
-        options.count, options.validation, options.generate, options.steps, options.shown = 3, 2, 8, 3, 2
+        options.count, options.validation, options.generate, options.steps, options.shown = [3], 2, 8, 3, 2
     elif options.fairface is None:
         parser.error("give --fairface, or --quick")
     return options
@@ -134,9 +134,9 @@ def read_sets(options: argparse.Namespace) -> tuple[dict[str, Photos], Photos, P
         return {"FairFace": waves(3, options.size, "a")}, waves(2, options.size, "bb"), waves(12, options.size, "ccc")
     test = read_photos(options.fairface, size=options.size, split="test")
     train = read_photos(options.fairface, size=options.size, split="train")
-    sets = {"FairFace": some(test, options.count)}
+    sets = {"FairFace": some(test, options.count[0])}
     if options.ffhq is not None:
-        sets["FFHQ"] = some(read_photos(options.ffhq, size=options.size), options.count)
+        sets["FFHQ"] = some(read_photos(options.ffhq, size=options.size), options.count[-1])
     return sets, some(train, options.validation), test
 
 

@@ -1,7 +1,7 @@
 """Restored photographs on disk: images, maps of how uncertain they are, and sheets to compare them on."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -64,10 +64,23 @@ def write_spread(path: str | Path, std: Tensor) -> None:
         Image.fromarray(grey.numpy()).save(part, format="PNG")
 
 
+def _break(title: str, width: float, length: Callable[[str], float]) -> list[str]:
+    """Break a title between its words into lines of ``width`` at most, where single words let it."""
+    lines = [""]
+    for word in title.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if not lines[-1] or length(longer) <= width - 2:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
 def photo_sheet(path: str | Path, rows: Sequence[Sequence[Tensor | None]], titles: Sequence[str]) -> None:
     """Write photographs (3, y, x) in [-1, 1] as one PNG: a row each, columns with titles; None leaves a gap.
 
-    Small photographs are enlarged by a whole number, every pixel a square.
+    Small photographs are enlarged by a whole number, every pixel a square. Titles reach to the next one that is not
+    empty, and are broken into lines where that is not enough.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -77,18 +90,25 @@ def photo_sheet(path: str | Path, rows: Sequence[Sequence[Tensor | None]], title
     height, width = shapes.pop()
     enlarged = -(-SMALLEST // min(height, width))
     height, width = enlarged * height, enlarged * width
+    font = ImageFont.load_default(size=10)
+    places = [column for column, title in enumerate(titles) if title]
+    broken = {}
+    for column, following in zip(places, [*places[1:], len(titles)], strict=True):
+        broken[column] = _break(titles[column], (following - column) * (width + GAP) - GAP, font.getlength)
+    top = TITLE * max([1, *(len(lines) for lines in broken.values())])
     sheet = Image.new(
-        "RGB", (len(titles) * (width + GAP) - GAP, TITLE + len(rows) * (height + GAP) - GAP), (255, 255, 255)
+        "RGB", (len(titles) * (width + GAP) - GAP, top + len(rows) * (height + GAP) - GAP), (255, 255, 255)
     )
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=10)
-    for column, title in enumerate(titles):
-        draw.text((column * (width + GAP) + 2, 1), title, fill=(0, 0, 0), font=font)
+    draw = ImageDraw.Draw(sheet)
+    for column, lines in broken.items():
+        for line, text in enumerate(lines):
+            draw.text((column * (width + GAP) + 2, 1 + line * TITLE), text, fill=(0, 0, 0), font=font)
     for line, row in enumerate(rows):
         for column, image in enumerate(row):
             if image is None:
                 continue
             picture = Image.fromarray(to_pixels(image.detach().cpu()).permute(1, 2, 0).numpy())
             large = picture.resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(large, (column * (width + GAP), TITLE + line * (height + GAP)))
+            sheet.paste(large, (column * (width + GAP), top + line * (height + GAP)))
     with atomic(path) as part:
         sheet.save(part, format="PNG")

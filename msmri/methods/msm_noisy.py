@@ -105,6 +105,8 @@ class NoisyMSM:
 
     sigma_min: float = 0.01  # smallest sigma, in units of the scaled image
     sigma_max: float = 157.0  # largest sigma, the end of the linear-beta ladder
+    sigma_mean: float | None = None  # of log sigma; None: uniform in the step of the ladder
+    sigma_spread: float = 1.2  # standard deviation of log sigma
     noise_std: float | None = None  # rho of every slice, in units of the scaled image; None: the measurement's own
     least_noise: float = 1e-3  # floor of rho
     sure_weight: float = 0.05  # of the SURE term
@@ -113,19 +115,29 @@ class NoisyMSM:
     warm_up: bool = False  # case 1 alone, the first stage: sigma is drawn above rho, and there is no SURE
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma_min <= self.sigma_max or not self.sure_step > 0 or not self.least_noise > 0:
-            mend = "give 0 < sigma_min <= sigma_max, sure_step > 0, least_noise > 0"
+        positive = (self.sure_step, self.least_noise, self.sigma_spread)
+        if not 0 < self.sigma_min <= self.sigma_max or not all(value > 0 for value in positive):
+            mend = "give 0 < sigma_min <= sigma_max, and positive sure_step, least_noise and sigma_spread"
             raise InputError(f"noisy msm: no such {self}", mend=mend)
 
     def draw_sigma(self, rho: Sigma, rng: Rng) -> Sigma:
-        """Draw noise levels like ``rho`` (b, 1, 1, 1), uniform in the step of the variance-preserving ladder."""
+        """Draw noise levels like ``rho`` (b, 1, 1, 1), uniform in the step of the variance-preserving ladder.
+
+        With ``sigma_mean`` they are log-normal (Karras et al. 2022), cut off at ``sigma_min`` and ``sigma_max``. In
+        ``warm_up`` none is below rho.
+        """
         ladder = VPSchedule()
         ends = torch.tensor([self.sigma_min, self.sigma_max], dtype=torch.float64)
-        low, high = ladder.t(ends).unbind()
-        if self.warm_up:
-            low = torch.maximum(low, ladder.t(rho.double().cpu()))
+        least = torch.maximum(ends[0], rho.double().cpu()) if self.warm_up else ends[0]
         share = torch.stack([torch.rand((1, 1, 1), generator=generator, dtype=torch.float64) for generator in rng])
-        return ladder.sigma(low + (high - low).clamp_min(0) * share).to(rho)
+        if self.sigma_mean is None:
+            low, high = ladder.t(least), ladder.t(ends[1])
+            return ladder.sigma(low + (high - low).clamp_min(0) * share).to(rho)
+        low, high = ((end.log() - self.sigma_mean) / self.sigma_spread for end in (least, ends[1]))
+        low, high = torch.special.ndtr(low), torch.special.ndtr(high)
+        drawn = torch.special.ndtri(low + (high - low).clamp_min(0) * share)
+        sigma = (self.sigma_mean + self.sigma_spread * drawn).exp()
+        return torch.minimum(torch.maximum(sigma, least), ends[1]).to(rho)
 
     def __call__(self, model: nn.Module, batch: Measurement, rng: Generator) -> Tensor:
         """Return the loss; ``model`` is a partial denoiser, called three times (once in ``warm_up``)."""

@@ -137,6 +137,16 @@ def test_spread_and_sheet(tmp_path):
     assert sheet.shape == (14 + 2 * 96 + 2, 2 * 144 + 2, 3)  # 24 times as large
     assert (sheet[60, 60] == (255, 0, 0)).all() and (sheet[60, 200] == 255).all()
     assert (sheet[160, 60] == 255).all() and (sheet[160, 200] == (255, 0, 0)).all() and (sheet[:14] < 255).any()
+    for titles, lines in (
+        (["long words that need four lines of room here", "right"], 2),
+        (["as long but free " * 2, ""], 1),
+    ):
+        photo_sheet(tmp_path / "t.png", [[one, two]], titles)
+        sheet = np.array(Image.open(tmp_path / "t.png"))
+        assert sheet.shape == (14 * lines + 96, 2 * 144 + 2, 3)
+        assert (sheet[14 * lines : 14 * lines + 96, :144] == (255, 0, 0)).all()
+        assert all((sheet[14 * k : 14 * (k + 1)] < 255).any() for k in range(lines))
+        assert (sheet[: 14 * lines, 130:146] == 255).all() == (lines > 1)  # no title runs into the next
     with pytest.raises(InputError, match="one size"):
         photo_sheet(tmp_path / "u.png", [[one, two[:, :3]]], ["a", "b"])
     with pytest.raises(InputError, match="a title a column"):

@@ -332,6 +332,31 @@ def test_levels_are_uniform_in_the_step_of_the_ladder():
     assert NoisyMSM().sigma_max == pytest.approx(float(ends[-1]), rel=0.01)
 
 
+def test_levels_may_be_log_normal():
+    rho, quantiles = torch.full((8000, 1, 1, 1), 0.1), torch.tensor([0.1587, 0.5, 0.8413])  # one deviation to each side
+    levels = {"sigma_min": 0.001, "sigma_max": 100.0, "sigma_mean": -1.0, "sigma_spread": 1.5}
+    drawn = NoisyMSM(**levels).draw_sigma(rho, generators(0, 8000))
+    assert drawn.shape == rho.shape and drawn.dtype == rho.dtype
+    at = drawn.flatten().log().quantile(quantiles)
+    torch.testing.assert_close(at, torch.tensor([-2.5, -1.0, 0.5]), atol=0.06, rtol=0)
+    cut = NoisyMSM(**{**levels, "sigma_min": 0.05, "sigma_max": 2.0}).draw_sigma(rho, generators(1, 8000))
+    inside = drawn[(drawn >= 0.05) & (drawn <= 2.0)]  # the law cut off, not heaped on its ends
+    assert float(cut.min()) >= 0.05 and float(cut.max()) <= 2.0 and float((cut < 0.0501).float().mean()) < 0.01
+    torch.testing.assert_close(
+        cut.flatten().log().quantile(quantiles), inside.log().quantile(quantiles), atol=0.08, rtol=0
+    )
+    warm = NoisyMSM(**levels, warm_up=True).draw_sigma(rho, generators(2, 8000))
+    above = drawn[drawn >= 0.1]
+    assert float(warm.min()) >= 0.1 and float((warm < 0.1001).float().mean()) < 0.01
+    torch.testing.assert_close(
+        warm.flatten().log().quantile(quantiles), above.log().quantile(quantiles), atol=0.08, rtol=0
+    )
+    far = NoisyMSM(**levels, warm_up=True).draw_sigma(torch.full((3, 1, 1, 1), 500.0), generators(0, 3))
+    assert far.flatten().tolist() == [100.0] * 3  # the loss raises them to the noise
+    with pytest.raises(InputError, match="sigma_spread"):
+        NoisyMSM(sigma_mean=0.0, sigma_spread=0.0)
+
+
 def test_without_noise_it_is_the_noiseless_loss():
     batch = white(1.3, rows=1500, rho=0.0)
     sigma = 0.8
