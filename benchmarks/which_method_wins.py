@@ -259,7 +259,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--note", default="", help="what a reader of the page should know about this run")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--fresh", action="store_true", help="forget rows of an earlier run")
+    parser.add_argument("--fresh", action="store_true", help="forget rows of an earlier run, but not what was tuned")
+    parser.add_argument("--tune-again", action="store_true", help="forget what was tuned")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "which_method_wins.json")
     parser.add_argument("--markdown", type=Path, default=None)
     options = parser.parse_args()
@@ -277,8 +278,11 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     kept = options.out.with_suffix(".rows.json")
     done: dict[str, dict[str, Any]] = {}
-    if kept.exists() and not options.fresh:
-        done = json.loads(kept.read_text())["rows"]
+    if kept.exists():
+        earlier = json.loads(kept.read_text())["rows"]
+        forgotten = {True: options.tune_again, False: options.fresh}  # by whether it is a tuned value
+        done = {key: value for key, value in earlier.items() if not forgotten["field" in value]}
+    begun, computed = time.perf_counter(), {"rows": 0, "tuned": 0}
     chosen: dict[str, tuple[Any, Path | None]] = {}
     missing = []
     for label in options.methods:
@@ -314,6 +318,7 @@ def main() -> None:
                 refinements=0 if slow else options.refinements,
             )
             done[key] = {"field": name, "value": getattr(best, name)}
+            computed["tuned"] += 1
             write_manifest(kept, {"rows": done})
             print(f"{at}: {label} {name} {done[key]['value']:.3g}", flush=True)
         tuned[f"{label}, {name} at {at}"] = done[key]["value"]
@@ -343,6 +348,7 @@ def main() -> None:
                         about = {"view": view, "group": group, "scan": scan, "nominal_R": acceleration}
                         about |= {"true_R": float(one.acceleration[0]), "method": label, "commit": commit}
                         done[key] = about | values
+                        computed["rows"] += 1
                         if panel:
                             with atomic(picture) as part, part.open("wb") as file:
                                 np.save(file, image.numpy())
@@ -355,6 +361,8 @@ def main() -> None:
     effort_of = {label: effort(path) for label, (_, path) in chosen.items() if path is not None}
     sums = {label: sha256(path) for label, (_, path) in chosen.items() if path is not None}
     record |= {"tuned": tuned, "weights_sha256": sums, "training": effort_of}
+    minutes = (time.perf_counter() - begun) / 60
+    record["this_run"] = {**computed, "minutes": minutes, "threads": torch.get_num_threads(), "of_rows": len(rows)}
     write_manifest(options.out, record | {"rows": rows})
     write_csv(options.out.with_suffix(".csv"), rows)
     figures = draw(options.out, rows, pictures)
@@ -501,6 +509,9 @@ def page(record: dict[str, Any], rows: list[dict[str, Any]], figures: list[Path]
     if short := with_no_more_training(rows, options.seed):
         verdicts += f"\n\n*{SHORT}* minus rivals that learned from the same k-space (hours of each below), dB:\n\n"
         verdicts += "\n".join(f"- {line}" for line in short)
+    run = record["this_run"]
+    ran = f"{run['rows']} of {run['of_rows']} rows were computed in this run, in {run['minutes']:.0f} minutes with "
+    ran += f"{run['threads']} thread{'s' * (run['threads'] > 1)}, and {run['tuned']} values tuned; the rest was kept."
     text = (
         "# Which method wins?\n\nWritten by `benchmarks/which_method_wins.py`; do not edit by hand. "
         f"Seed {options.seed}, `{json.dumps(record['environment'])}`.\n\n"
@@ -512,7 +523,7 @@ def page(record: dict[str, Any], rows: list[dict[str, Any]], figures: list[Path]
         "it ran. A method that reports fewer scans is slow and was run on the first ones only. "
         f"*{CEILING[0].upper()}{CEILING[1:]}* is the fully sampled scan combined by the same maps: what its PSNR lacks "
         "no reconstruction can be blamed for, being noise in the background of the reference and errors of maps.\n\n"
-        f"{options.note}\n\n{left_out}## In words\n\n{verdicts}\n\n## Training\n\n{trained}\n\n## Means\n\n"
+        f"{ran} {options.note}\n\n{left_out}## In words\n\n{verdicts}\n\n## Training\n\n{trained}\n\n## Means\n\n"
         f"{summarise(rows, 'file units', options.seed)}\n\n## PSNR of every slice, dB\n\n"
         f"{every_slice([row for row in rows if row['view'] == 'file units'])}\n"
     )

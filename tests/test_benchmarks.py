@@ -69,6 +69,25 @@ def test_a_second_run_takes_what_is_done(quick):
     assert " dB, " in first.stdout.split("# Which method wins?")[0]
     assert " dB, " not in again.stdout.split("# Which method wins?")[0]
     assert again.stdout.split("# Which method wins?")[1].split("## Means")[1] in first.stdout
+    rows = len(json.loads((quick[0] / "result.json").read_text())["rows"])
+    assert f" {rows} of {rows} rows were computed in this run" in first.stdout.replace("\n", " ")
+    assert f"0 of {rows} rows were computed in this run" in again.stdout
+
+
+def test_a_fresh_run_forgets_rows_and_not_what_was_tuned(quick, tmp_path):
+    kept = tmp_path / "result.rows.json"
+    rows = json.loads((quick[0] / "result.rows.json").read_text())["rows"]
+    rows = {key: row for key, row in rows.items() if "zero-filled" not in key}  # these are to be computed
+    tuned = {"tv at R = 4 | abc": {"field": "weight", "value": 0.5}}
+    arguments = ["which_method_wins.py", "--quick", "--methods", "zero-filled", "--out", tmp_path / "result.json"]
+    for more, left in (((), {**rows, **tuned}), (["--fresh"], tuned), (["--tune-again"], rows)):
+        kept.write_text(json.dumps({"rows": {**rows, **tuned}}))
+        assert run(*arguments, *more).returncode == 0
+        found = json.loads(kept.read_text())["rows"]
+        assert {key: row for key, row in found.items() if "zero-filled" not in key} == left
+        record = json.loads((tmp_path / "result.json").read_text())["this_run"]
+        assert record["rows"] == record["of_rows"] == len(found) - len(left) > 0
+        assert record["tuned"] == 0 and record["threads"] == 1 and record["minutes"] > 0
 
 
 # learning curves
