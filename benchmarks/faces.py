@@ -276,8 +276,8 @@ def main() -> None:
     def method_for(label: str, task: str) -> Any:
         """Tune on training faces for this task, once."""
         method, path = chosen[label]
-        if not getattr(method, "tunable", {}) or ENTRIES[label].method == "msm" or options.quick:
-            return method  # MSM's settings are those of its presets
+        if not getattr(method, "tunable", {}) or ENTRIES[label].method in ("msm", "ddnm") or options.quick:
+            return method  # MSM's settings are those of its presets; all tasks have the pseudo-inverse DDNM needs
         name = next(iter(method.tunable))
         key = f"{label} for {task}, noise {options.noise:g} | {len(validation)} | {fingerprint(method, path)}"
         if key not in done:

@@ -70,6 +70,8 @@ SHORT = "msm, shortly trained"
 # trained up to sigma 1, mostly; P~ is the mask of the scan but for a line or two, which did better on validation scans
 # than a random one as published
 AMBIENT = {"samples": 2, "steps": 60, "sigma_max": 1.0, "prior_mask": "scan", "further": FurtherLines(12.0)}
+# with P~ drawn by the law of training, from the largest noise on
+PUBLISHED = {"samples": 2, "steps": 60}
 CEILING = "all lines measured"  # a perfect reconstruction: what maps and noise leave between it and the reference
 ENTRIES: dict[str, Entry] = {
     CEILING: Entry("zero-filled", EVERYTHING, whole=True),
@@ -81,6 +83,7 @@ ENTRIES: dict[str, Entry] = {
     "a-os": Entry("a-os", KSPACE, weights=ADPS),
     "a-ald": Entry("a-ald", KSPACE, AMBIENT, ADPS, **SLOW),
     "a-dps": Entry("a-dps", KSPACE, AMBIENT, ADPS, scans=4, accelerations=(4.0, 6.0)),
+    "a-dps, published sampler": Entry("a-dps", KSPACE, PUBLISHED, ADPS, scans=2, accelerations=(4.0,)),
     "ssdu": Entry("ssdu", KSPACE, weights="ssdu_r4.safetensors"),
     "ssdu, multi-mask": Entry("ssdu", KSPACE, weights="ssdu_multi_r4.safetensors"),
     "ssdu, columns": Entry("ssdu", KSPACE, weights="ssdu_columns_r4.safetensors"),
@@ -97,6 +100,7 @@ ENTRIES: dict[str, Entry] = {
     "msm": Entry("msm", KSPACE, weights="brain_r4.safetensors", option="prior"),
     "supervised twin of ssdu": Entry("ssdu", CLEAN, weights="supervised_r4.safetensors"),
     "oracle ddnm": Entry("ddnm", CLEAN, {"samples": 2, "sigma_max": 3.0}, ORACLE, **SLOW),
+    "oracle diffpir": Entry("diffpir", CLEAN, {"samples": 2, "sigma_max": 3.0}, ORACLE, scans=2, accelerations=(4.0,)),
     "oracle dps": Entry("dps", CLEAN, {"samples": 2, "steps": 60, "sigma_max": 3.0}, ORACLE, **SLOW),
 }
 QUICK: dict[str, dict[str, Any]] = {
@@ -105,7 +109,9 @@ QUICK: dict[str, dict[str, Any]] = {
     "a-dps": {"samples": 1, "steps": 3},
     "msm, paper's sampler": {"preset": "paper", "steps": 3, "samples": 1},
     "msm": {"samples": 2, "steps": 2},
+    "a-dps, published sampler": {"samples": 1, "steps": 3},
     "oracle ddnm": {"steps": 3},
+    "oracle diffpir": {"steps": 3},
     "oracle dps": {"steps": 3},
 }
 METRICS = {"psnr": 2, "ssim": 4, "nmse": 4, "object_psnr": 2, "object_ssim": 4, "psnr_one_sample": 2}
@@ -189,15 +195,16 @@ def cases(options: argparse.Namespace, group: str, view: str) -> Iterator[tuple[
                     yield one.source[0] + (f" at {size}" if size else ""), acceleration, one, whole
 
 
-def score(method: Any, measurement: Measurement, seed: int) -> tuple[dict[str, Any], Tensor]:
-    """Reconstruct one slice and measure all there is to measure."""
+def score(method: Any, measurement: Measurement, seed: int, *, rescaled: bool = False) -> tuple[dict[str, Any], Tensor]:
+    """Reconstruct one slice and measure all there is to measure; ``rescaled`` to [0, 1] first, as its target is."""
     blind = replace(measurement, target=None)
     with Peak() as peak:
         begun = time.perf_counter()
         result = method(blind, generators(seed, 1))
         seconds = time.perf_counter() - begun
     assert measurement.target is not None
-    target, image = measurement.target[0].numpy(), result.magnitude[0].numpy()
+    target, plain = measurement.target[0].numpy(), result.magnitude[0].numpy()
+    image = (plain - plain.min()) / max(float(plain.max() - plain.min()), 1e-30) if rescaled else plain
     inside = object_region(target)
     row: dict[str, Any] = {
         "psnr": psnr(target, image),
@@ -213,8 +220,10 @@ def score(method: Any, measurement: Measurement, seed: int) -> tuple[dict[str, A
         row["lpips"] = float(lpips(measurement.target[:1], result.magnitude[:1]))
     if result.std is not None:
         spread = float(result.std.square().mean().sqrt())
-        row["error_per_std"] = float(np.sqrt(np.mean((image - target) ** 2))) / max(spread, 1e-30)
-        row["psnr_one_sample"] = psnr(target, result.samples[0, 0].abs().numpy())
+        row["error_per_std"] = float(np.sqrt(np.mean((plain - target) ** 2))) / max(spread, 1e-30)
+        single = result.samples[0, 0].abs().numpy()
+        single = (single - single.min()) / max(float(single.max() - single.min()), 1e-30) if rescaled else single
+        row["psnr_one_sample"] = psnr(target, single)
     return row, result.magnitude[0]
 
 
@@ -339,12 +348,14 @@ def main() -> None:
                         continue
                     method = method_for(label, view, acceleration)
                     state = fingerprint(method, chosen[label][1])
-                    key = f"{view} | {group} | {scan} | {acceleration:g} | {label} | {state}"
+                    how = "paper, rescaled" if view == "paper" else view
+                    key = f"{how} | {group} | {scan} | {acceleration:g} | {label} | {state}"
                     wanted = view != "paper" and group == "simulated" and label in PANEL  # real scans have owners
                     panel = wanted and acceleration == 4.0 and number == 1
                     picture = kept.with_suffix(f".{hashlib.sha256(key.encode()).hexdigest()[:12]}.npy")
                     if key not in done or (panel and not picture.exists()):
-                        values, image = score(method, whole if entry.whole else one, options.seed)
+                        shown = whole if entry.whole else one
+                        values, image = score(method, shown, options.seed, rescaled=view == "paper")
                         about = {"view": view, "group": group, "scan": scan, "nominal_R": acceleration}
                         about |= {"true_R": float(one.acceleration[0]), "method": label, "commit": commit}
                         done[key] = about | values
@@ -380,13 +391,25 @@ def fingerprint(method: Any, weights: Path | None) -> str:
 
 
 def lead(rows: list[dict[str, Any]], method: str, rival: str, seed: int) -> str:
-    """Tell the mean of a method's PSNR less a rival's over the scans both have, with its interval; "" without any."""
+    """Tell the mean of a method's PSNR less a rival's over the scans both have, with its interval; "" without any.
+
+    Images of one scan, at two sizes or several slices, are no scans of their own: their mean is drawn as one.
+    """
     ours = {row["scan"]: row["psnr"] for row in rows if row["method"] == method}
-    gain = [ours[row["scan"]] - row["psnr"] for row in rows if row["method"] == rival and row["scan"] in ours]
+    gain: dict[str, list[float]] = {}
+    for row in rows:
+        if row["method"] == rival and row["scan"] in ours:
+            gain.setdefault(row["scan"].split("#")[0], []).append(ours[row["scan"]] - row["psnr"])
     if not gain:
         return ""
-    mean, low, high = bootstrap_interval(gain, Generator().manual_seed(seed))
+    mean, low, high = bootstrap_interval([float(np.mean(own)) for own in gain.values()], Generator().manual_seed(seed))
     return f"{mean:+.2f}" + (f" [{low:+.2f}, {high:+.2f}]" if len(gain) > 1 else "")
+
+
+def count(rows: list[dict[str, Any]]) -> str:
+    """Tell how many scans rows are of, and how many images where these are more."""
+    scans = len({row["scan"].split("#")[0] for row in rows})
+    return f"{scans}" if scans == len(rows) else f"{scans}, {len(rows)} images"
 
 
 def summarise(rows: list[dict[str, Any]], view: str, seed: int) -> str:
@@ -398,7 +421,7 @@ def summarise(rows: list[dict[str, Any]], view: str, seed: int) -> str:
         for label in dict.fromkeys(row["method"] for row in part):
             own = [row for row in part if row["method"] == label]
             true = np.mean([row["true_R"] for row in own])
-            line = {"scans": f"{group} ({len(own)})", "R (true)": f"{acceleration:g} ({true:.2f})"}
+            line = {"scans": f"{group} ({count(own)})", "R (true)": f"{acceleration:g} ({true:.2f})"}
             line |= {"method": label, "learned from": ENTRIES[label].learned_from}
             for name, digits in METRICS.items():
                 found = [row[name] for row in own if name in row]
@@ -518,9 +541,10 @@ def page(record: dict[str, Any], rows: list[dict[str, Any]], figures: list[Path]
         "Every method sees the same undersampled scans, with the same masks and the same coil maps. Magnitude against "
         "the root-sum-of-squares of the fully sampled scan, in file units. *Object* metrics leave out the background, "
         "where such a target is noise. Weights and steps towards the data are tuned on validation scans. Intervals: "
-        "95 % bootstrap of the paired differences, one slice a scan. NFE: network passes a sample. Error / std: root "
-        "mean square error over the root mean square of the predicted spread. Peak MiB: growth of the process while "
-        "it ran. A method that reports fewer scans is slow and was run on the first ones only. "
+        "95 % bootstrap of the paired differences over scans; the images of a scan, at two sizes, count as one. NFE: "
+        "network passes a sample. Error / std: root mean square error over the root mean square of the predicted "
+        "spread. Peak MiB: growth of the process while it ran. A method that reports fewer scans is slow and was run "
+        "on the first ones only. "
         f"*{CEILING[0].upper()}{CEILING[1:]}* is the fully sampled scan combined by the same maps: what its PSNR lacks "
         "no reconstruction can be blamed for, being noise in the background of the reference and errors of maps.\n\n"
         f"{ran} {options.note}\n\n{left_out}## In words\n\n{verdicts}\n\n## Training\n\n{trained}\n\n## Means\n\n"
@@ -530,9 +554,10 @@ def page(record: dict[str, Any], rows: list[dict[str, Any]], figures: list[Path]
     if any(row["view"] == "paper" for row in rows):
         text += (
             "\n## In the conventions of the MSM paper\n\nSimulated people; images scaled to [0, 1] by their own "
-            "minimum and maximum, Gaussian noise of 0.01 added, the target the clean magnitude. To be read beside the "
-            "published rows, not to be compared with the table above. Weights, MSM's pull of the data "
-            "among them, are tuned on validation scans in the same conventions, at R = 4 for all.\n\n"
+            "minimum and maximum, Gaussian noise of 0.01 added, the target the clean magnitude; every reconstruction "
+            "is scaled in the same way before it is measured, as theirs are. To be read beside the published rows, not "
+            "to be compared with the table above. Weights, MSM's pull of the data among them, are tuned on validation "
+            "scans in the same conventions, at R = 4 for all.\n\n"
             + "\n".join(f"- {line}" for line in verdict(rows, "paper"))
             + f"\n\n{summarise(rows, 'paper', options.seed)}\n"
         )

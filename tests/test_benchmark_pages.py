@@ -1,13 +1,16 @@
 """Benchmarks whose full runs are long: what they count, and that pages say what their numbers say."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from msmri.measurement import Reconstruction
 from msmri.model.adm import ADMUNet
+from msmri.testing import phantom_measurement
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,6 +33,34 @@ def test_the_page_of_diagnostics_is_what_its_numbers_say():
         assert drawn or not figure.exists()
     with pytest.raises(SystemExit, match="no place for"):
         say.page(text.replace("<!-- choose-w -->", ""))
+
+
+def test_images_of_one_scan_count_as_one(load_benchmark):
+    wins = load_benchmark("which_method_wins")
+    psnr = {"a.h5#0": (30.0, 28.0), "a.h5#0 at 128": (30.0, 29.0), "b.h5#0": (33.0, 27.0)}
+    rows = [{"scan": scan, "method": m, "psnr": p[k]} for scan, p in psnr.items() for k, m in enumerate(("msm", "tv"))]
+    assert wins.lead(rows, "msm", "tv", 0) == "+3.75 [+1.50, +6.00]"  # 1.5 and 6, drawn as two
+    assert wins.lead(rows[:4], "msm", "tv", 0) == "+1.50" and wins.lead(rows, "msm", "none", 0) == ""
+    tv = [row for row in rows if row["method"] == "tv"]
+    assert wins.count(tv) == "2, 3 images" and wins.count(tv[::2]) == "2"
+
+
+def test_rescaled_reconstructions_are_measured_between_0_and_1(load_benchmark):
+    wins, one = load_benchmark("which_method_wins"), phantom_measurement(seed=3)
+    target = one.target - one.target.amin()
+    one = replace(one, target=target / target.amax())
+    image = (3 * one.target + 0.5)[:, None].to(torch.complex64)
+
+    class Wrong:
+        def __call__(self, measurement, rng):
+            assert measurement.target is None
+            return Reconstruction(torch.stack([image, 2 * image], 1)[:, :, 0], {})
+
+    plain, _ = wins.score(Wrong(), one, 0)
+    found, shown = wins.score(Wrong(), one, 0, rescaled=True)
+    assert plain["psnr"] < 10 and found["psnr"] > 60 and found["psnr_one_sample"] > 60
+    assert float(shown.max()) > 1  # pictures stay as they are
+    assert found["error_per_std"] == plain["error_per_std"]
 
 
 def test_operations_are_counted_as_by_hand():

@@ -328,6 +328,7 @@ class DDNM(_Sampler):
 
     name: ClassVar[str] = "ddnm"
     reference: ClassVar[str] = WANG
+    tunable: ClassVar[Mapping[str, tuple[float, ...]]] = {"iterations": (1, 2, 3, 5, 10, 20)}
     shipped: ClassVar[str] = ORACLE
     recipe: ClassVar[str] = "oracle_small.yaml"
 

@@ -29,8 +29,8 @@ def tune(
     """Choose the weight that is best on average over the slices of the validation scans given, and only those.
 
     The grid is evaluated first; then Brent's bounded search refines the logarithm of the weight between the two grid
-    neighbours of the best value. Every candidate sees the same scans and the same seeds. The method never sees a
-    target.
+    neighbours of the best value, unless it is a whole number. Every candidate sees the same scans and the same seeds.
+    The method never sees a target.
 
     Parameters
     ----------
@@ -75,8 +75,10 @@ def tune(
     sign = -1.0 if label in LOWER_IS_BETTER else 1.0
     table: dict[float, dict[str, Any]] = {}
 
+    kind = int if isinstance(getattr(method, field), int) else float  # a number of iterations is not refined
+
     def loss(weight: float, stage: str) -> float:
-        values = _scores(replace(method, **{field: weight}), measurements, metric, seed)  # type: ignore[type-var]
+        values = _scores(replace(method, **{field: kind(weight)}), measurements, metric, seed)  # type: ignore[type-var]
         mean = float(np.mean(values))
         table[weight] = {field: weight, label: mean, "slices": len(values), "stage": stage}
         return -sign * mean if math.isfinite(mean) else math.inf
@@ -88,7 +90,7 @@ def tune(
         message = f"the best {field}, {weights[best]:g}, is at the {end} end of its grid: extend the grid"
         warnings.warn(message, stacklevel=2)
     around = (weights[max(best - 1, 0)], weights[min(best + 1, len(weights) - 1)])
-    if refinements > 0 and around[0] < around[1]:
+    if refinements > 0 and around[0] < around[1] and kind is float:
         minimize_scalar(
             lambda exponent: loss(float(10**exponent), "refined"),
             bounds=(math.log10(around[0]), math.log10(around[1])),
@@ -97,7 +99,7 @@ def tune(
         )
     rows = [table[weight] for weight in sorted(table)]
     chosen = max(rows, key=lambda row: sign * row[label] if math.isfinite(row[label]) else -math.inf)
-    return replace(method, **{field: chosen[field]}), rows  # type: ignore[type-var]
+    return replace(method, **{field: kind(chosen[field])}), rows  # type: ignore[type-var]
 
 
 def _search_space(method: Any, field: str | None, grid: Sequence[float] | None) -> tuple[str, list[float]]:

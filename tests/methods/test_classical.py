@@ -3,6 +3,7 @@ import sys
 import warnings
 from dataclasses import replace
 from importlib.metadata import EntryPoint
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -498,6 +499,22 @@ def test_tune_minimises_errors_and_takes_a_grid():
     by_error, table = tune(CGSense(), validation, metric=nmse, grid=[1.0, 1e-3, 0.1, 0.01], refinements=0)
     assert [row["weight"] for row in table] == [1e-3, 0.01, 0.1, 1.0]
     assert by_error.weight == min(table, key=lambda row: row["nmse"])["weight"]
+
+
+def test_tune_keeps_whole_numbers_whole():
+    seen = []
+
+    class Spy(CGSense):
+        tunable: ClassVar = {"iterations": (1, 3, 8, 20)}
+
+        def __call__(self, measurement, rng):
+            seen.append(self.iterations)
+            return super().__call__(measurement, rng)
+
+    best, table = tune(Spy(weight=1e-3), [scan(noise=0.05)], refinements=6)
+    assert seen == [1, 3, 8, 20] and all(type(one) is int for one in seen)  # nothing between them
+    assert type(best.iterations) is int and best.iterations == max(table, key=lambda row: row["psnr"])["iterations"]
+    assert best.iterations > 1
 
 
 def test_tune_warns_at_the_edge_of_the_grid():
