@@ -11,6 +11,7 @@ whose licence allows it. --quick needs no data: smooth waves stand for faces.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -24,7 +25,8 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from msmri.distances import frechet_distance, inception_distances, scattering_features
+from msmri.distances import frechet_distance, inception_distances, lpips, scattering_features
+from msmri.errors import InputError
 from msmri.io.output import atomic, environment, sha256, write_manifest
 from msmri.io.photos import Photos, read_photos, to_pixels
 from msmri.io.restored import photo_sheet
@@ -80,7 +82,7 @@ ENTRIES: dict[str, Entry] = {
 }
 QUICK: dict[str, dict[str, Any]] = {"tv": {"iterations": 10}, "msm, paper's sampler": {"steps": 2}}
 QUICK |= {name: {"steps": 3, "samples": 2} for name, entry in ENTRIES.items() if "samples" in entry.options}
-METRICS = {"psnr": 2, "ssim": 4, "psnr_one_sample": 2, "error_per_std": 2, "NFE": 0, "seconds": 2}
+METRICS = {"psnr": 2, "ssim": 4, "lpips": 4, "psnr_one_sample": 2, "error_per_std": 2, "NFE": 0, "seconds": 2}
 DRAWN = {"msm": MSM_WEIGHTS, "msm, learned from noise": MSM_NOISY, "ambient": AMBIENT, "oracle": ORACLE}  # to draw from
 
 
@@ -161,10 +163,17 @@ def fingerprint(method: Any, weights: Path | None) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
+def quality(target: Tensor, image: Tensor) -> dict[str, float]:
+    """Compare a face (3, y, x) in [-1, 1] with the true one."""
+    row = {"psnr": colour_psnr(target, image), "ssim": ssim(target, image, data_range=2.0)}
+    with contextlib.suppress(InputError):  # where its weights are
+        row["lpips"] = float(lpips((target[None] + 1) / 2, (image[None] + 1) / 2))
+    return row
+
+
 def score(target: Tensor, result: Any, index: int) -> dict[str, Any]:
     """Measure one restored face (3, y, x)."""
-    image = result.image[index].clamp(-1, 1)
-    row: dict[str, Any] = {"psnr": colour_psnr(target, image), "ssim": ssim(target, image, data_range=2.0)}
+    row: dict[str, Any] = quality(target, result.image[index].clamp(-1, 1))
     if result.std is not None:
         spread = float(result.std[index].square().mean().sqrt())
         row["error_per_std"] = float((result.image[index] - target).square().mean().sqrt()) / max(spread, 1e-30)
@@ -316,8 +325,7 @@ def main() -> None:
                         if method is None:
                             found = plain_input(one).clamp(-1, 1)
                             assert one.target is not None
-                            fresh = [{"psnr": colour_psnr(a, b), "ssim": ssim(a, b, data_range=2.0)}
-                                     for a, b in zip(one.target, found, strict=True)]  # fmt: skip
+                            fresh = [quality(a, b) for a, b in zip(one.target, found, strict=True)]
                         else:
                             fresh, found = restore_group(method, one, options.seed)
                         for key, name, values in zip(keys, one.source, fresh, strict=True):
@@ -405,7 +413,8 @@ def summarise(rows: list[dict[str, Any]], seed: int) -> str:
             }
             for name, digits in METRICS.items():
                 found = [row[name] for row in own if row.get(name) is not None]
-                line[name.replace("_", " ")] = f"{np.mean(found):.{digits}f}" if found else ""
+                if found or name != "lpips" or any("lpips" in row for row in rows):  # no column where nobody has it
+                    line[name.replace("_", " ")] = f"{np.mean(found):.{digits}f}" if found else ""
             gain = [ours[row["face"]]["psnr"] - row["psnr"] for row in own if row["face"] in ours]
             line["msm minus it, dB"] = ""
             if gain and label != "msm":

@@ -83,3 +83,15 @@ def test_a_second_run_takes_what_is_done(quick):
     assert again.returncode == 0 and " dB\n" not in again.stdout and "faces drawn" not in again.stdout
     assert json.loads((folder / "faces.json").read_text())["rows"] == rows
     assert again.stdout.split("# Faces")[1] == first.stdout.split("# Faces")[1]
+
+
+def test_lpips_is_reported_where_its_weights_are(load_benchmark, monkeypatch):
+    faces = load_benchmark("faces")
+    target = torch.linspace(-1, 1, 3 * 32 * 32).reshape(3, 32, 32)
+    row = faces.quality(target, 0.5 * target)
+    assert "lpips" not in row and row["psnr"] == pytest.approx(faces.colour_psnr(target, 0.5 * target))
+    about = {"task": "box", "set": "FairFace", "face": "a", "method": "input", "seconds": 1.0, "NFE": 0}
+    assert "lpips" not in faces.summarise([about | row], 0)
+    monkeypatch.setattr(faces, "lpips", lambda a, b: (a - b).abs().amax((1, 2, 3)))
+    row = faces.quality(target, 0.5 * target)
+    assert row["lpips"] == pytest.approx(0.25) and "| lpips" in faces.summarise([about | row], 0)
