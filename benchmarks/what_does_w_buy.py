@@ -257,6 +257,14 @@ def in_words(record: dict[str, Any], masks: list[int], steps: list[int]) -> str:
     return "".join(f"- {line}\n" for line in lines)
 
 
+def spelled(name: str) -> str:
+    """Say what cells beside those of the prior were drawn from."""
+    kind = name.split()[0]
+    return {"oracle": "the clean-image prior", "other": "the second prior"}.get(
+        kind, kind.replace("R=", "masks of R = ")
+    )
+
+
 def write_page(options: argparse.Namespace, record: dict[str, Any], drawn: dict[str, Tensor], targets: Tensor) -> None:
     """Write tables, curves and sheets."""
     folder = options.markdown.parent / "images"
@@ -283,10 +291,8 @@ def write_page(options: argparse.Namespace, record: dict[str, Any], drawn: dict[
     )
     shown = min(SHOWN, options.count)
     rows = [torch.cat([drawn[f"w={w} steps={n}"][:shown] for n in options.steps]) for w in options.masks]
-    rows += [
-        torch.cat([drawn[f"{name} steps={n}"][:shown] for n in options.steps])
-        for name in dict.fromkeys(cell.rpartition(" ")[0] for cell in cells if not cell.startswith("w="))
-    ]
+    besides = list(dict.fromkeys(cell.rpartition(" ")[0] for cell in cells if not cell.startswith("w=")))
+    rows += [torch.cat([drawn[f"{name} steps={n}"][:shown] for n in options.steps]) for name in besides]
     rows.append(targets[torch.arange(shown * len(options.steps)) * len(targets) // (shown * len(options.steps))])
     image_sheet(folder / "generation_sheet.png", torch.cat(rows), columns=shown * len(options.steps))
     anchors = [
@@ -305,9 +311,7 @@ def write_page(options: argparse.Namespace, record: dict[str, Any], drawn: dict[
     )
     apart = "distance to people not trained on"
     apart = f"To {apart[12:]}:\n\n{table(apart, '.2f')}\n" if options.unseen else ""
-    others = "; then the clean-image prior" if options.oracle else ""
-    others += "; then the second prior" if options.other else ""
-    others += "".join(f"; then masks of R = {dense:g}" for dense in options.denser)
+    others = "".join(f"; then {spelled(name)}" for name in besides)
     steps = ", ".join(map(str, options.steps))
     note = f" {options.note}" if options.note else ""
     said = in_words(record, options.masks, options.steps)

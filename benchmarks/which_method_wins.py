@@ -307,6 +307,10 @@ def main() -> None:
     pictures: dict[str, tuple[Measurement, dict[str, Tensor]]] = {}
     validation: dict[str, list[Measurement]] = {}
 
+    scans = [] if options.quick else list_scans(options.validation)
+    told = [[p.name, p.stat().st_size] for p in scans], options.slices[:1], options.crop_to, options.refinements
+    tuned_on = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]  # values tuned on other scans are others
+
     def method_for(label: str, view: str, acceleration: float) -> Any:
         """Tune on the validation scans at this acceleration, once; in the paper's conventions at R = 4 for all."""
         method, path = chosen[label]
@@ -315,11 +319,11 @@ def main() -> None:
             return method  # MSM's settings are its defaults, chosen by which_sampling_choice_pays.py
         name = next(iter(method.tunable))
         at = f"R = {acceleration:g}" if view != "paper" else "R = 4 in the paper's conventions"
-        key = f"{label} at {at} | {fingerprint(method, path)}"
+        key = f"{label} at {at} | {fingerprint(method, path)} | {tuned_on}"
         if key not in done:
             if at not in validation:
                 setup = (options, view, acceleration if view != "paper" else 4.0, options.crop_to, options.slices[:1])
-                validation[at] = [one for p in list_scans(options.validation) for one, _ in prepared(p, *setup)]
+                validation[at] = [one for p in scans for one, _ in prepared(p, *setup)]
             slow = ours or ENTRIES[label].accelerations is not None
             best, _ = tune(
                 replace(method, samples=1) if slow else method,
@@ -390,16 +394,18 @@ def fingerprint(method: Any, weights: Path | None) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def lead(rows: list[dict[str, Any]], method: str, rival: str, seed: int) -> str:
-    """Tell the mean of a method's PSNR less a rival's over the scans both have, with its interval; "" without any.
+def lead(rows: list[dict[str, Any]], method: str, rival: str, seed: int, name: str = "psnr") -> str:
+    """Tell the mean of a method's PSNR or another metric less a rival's over the scans both have, with its interval.
+
+    "" without any.
 
     Images of one scan, at two sizes or several slices, are no scans of their own: their mean is drawn as one.
     """
-    ours = {row["scan"]: row["psnr"] for row in rows if row["method"] == method}
+    ours = {row["scan"]: row[name] for row in rows if row["method"] == method}
     gain: dict[str, list[float]] = {}
     for row in rows:
         if row["method"] == rival and row["scan"] in ours:
-            gain.setdefault(row["scan"].split("#")[0], []).append(ours[row["scan"]] - row["psnr"])
+            gain.setdefault(row["scan"].split("#")[0], []).append(ours[row["scan"]] - row[name])
     if not gain:
         return ""
     mean, low, high = bootstrap_interval([float(np.mean(own)) for own in gain.values()], Generator().manual_seed(seed))
@@ -428,6 +434,7 @@ def summarise(rows: list[dict[str, Any]], view: str, seed: int) -> str:
                 if found or name != "lpips":  # no column where nobody has it
                     line[name.replace("_", " ")] = f"{np.mean(found):.{digits}f}" if found else ""
             line["msm minus it, dB"] = lead(part, "msm", label, seed) if label != "msm" else ""
+            line["within the object, dB"] = lead(part, "msm", label, seed, "object_psnr") if label != "msm" else ""
             lines.append(line)
     return markdown_table(lines, list(lines[0])) if lines else ""
 

@@ -1,9 +1,12 @@
 import ast
 import importlib.metadata
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import msmri
 
 ROOT = Path(__file__).parents[1] / "msmri"
 FILES = sorted(ROOT.rglob("*.py"))
@@ -109,6 +112,15 @@ def allowed(module, target):
         granted = MAY_IMPORT[layer]
         return target in granted or (module, target) in EXCEPTIONS
     return bool({target, target.split(".")[0]} & MAY_IMPORT[layer]) or (module, target) in EXCEPTIONS
+
+
+def test_flat_names_are_lazy():
+    code = "import sys, msmri; assert 'torch' not in sys.modules; print(msmri.load_prior.__module__, msmri.__version__)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True).stdout
+    assert told.split() == ["msmri.model.prior", msmri.__version__]
+    assert all(hasattr(msmri, name) for name in msmri.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = msmri.nothing
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)

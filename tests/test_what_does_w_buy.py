@@ -68,8 +68,15 @@ def test_runs_and_goes_on_where_it_stopped(script, tmp_path, monkeypatch, capsys
     command += ["--masks", "1", "2", "--steps", "2", "--size", "32", "--count", "3", "--coils", "2", "--centre", "0.2"]
     command += ["--denser", "2"]
     command += ["--work", work, "--out", out, "--markdown", page]
+    later = command.index("--oracle")
+    monkeypatch.setattr(sys, "argv", [*command[:later], *command[later + 2 :]])
+    script.main()
+    said = "; then the second prior; then masks of R = 2; the last row"
+    assert said in Path(page).read_text("utf-8")
     monkeypatch.setattr(sys, "argv", command)
     script.main()
+    told = Path(page).read_text("utf-8")  # in the order of the rows: what was drawn later comes below
+    assert "; then the second prior; then masks of R = 2; then the clean-image prior; the last row" in told
     first = json.loads(Path(out).read_text("utf-8"))
     assert set(first["cells"]) == {
         "w=1 steps=2",
