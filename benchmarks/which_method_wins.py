@@ -291,7 +291,7 @@ def main() -> None:
         earlier = json.loads(kept.read_text())["rows"]
         forgotten = {True: options.tune_again, False: options.fresh}  # by whether it is a tuned value
         done = {key: value for key, value in earlier.items() if not forgotten["field" in value]}
-    begun, computed = time.perf_counter(), {"rows": 0, "tuned": 0}
+    begun, computed = time.perf_counter(), {"rows": 0, "tuned": 0, "minutes of tuning": 0.0}
     chosen: dict[str, tuple[Any, Path | None]] = {}
     missing = []
     for label in options.methods:
@@ -321,6 +321,7 @@ def main() -> None:
         at = f"R = {acceleration:g}" if view != "paper" else "R = 4 in the paper's conventions"
         key = f"{label} at {at} | {fingerprint(method, path)} | {tuned_on}"
         if key not in done:
+            started = time.perf_counter()
             if at not in validation:
                 setup = (options, view, acceleration if view != "paper" else 4.0, options.crop_to, options.slices[:1])
                 validation[at] = [one for p in scans for one, _ in prepared(p, *setup)]
@@ -332,6 +333,7 @@ def main() -> None:
             )
             done[key] = {"field": name, "value": getattr(best, name)}
             computed["tuned"] += 1
+            computed["minutes of tuning"] += (time.perf_counter() - started) / 60
             write_manifest(kept, {"rows": done})
             print(f"{at}: {label} {name} {done[key]['value']:.3g}", flush=True)
         tuned[f"{label}, {name} at {at}"] = done[key]["value"]
@@ -541,7 +543,8 @@ def page(record: dict[str, Any], rows: list[dict[str, Any]], figures: list[Path]
         verdicts += "\n".join(f"- {line}" for line in short)
     run = record["this_run"]
     ran = f"{run['rows']} of {run['of_rows']} rows were computed in this run, in {run['minutes']:.0f} minutes with "
-    ran += f"{run['threads']} thread{'s' * (run['threads'] > 1)}, and {run['tuned']} values tuned; the rest was kept."
+    ran += f"{run['threads']} thread{'s' * (run['threads'] > 1)}, {run['minutes of tuning']:.0f} of them to tune "
+    ran += f"{run['tuned']} values; the rest was kept."
     text = (
         "# Which method wins?\n\nWritten by `benchmarks/which_method_wins.py`; do not edit by hand. "
         f"Seed {options.seed}, `{json.dumps(record['environment'])}`.\n\n"
