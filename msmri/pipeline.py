@@ -25,7 +25,7 @@ from msmri.io.output import (
 )
 from msmri.measurement import Measurement
 from msmri.methods import Reconstructor
-from msmri.metrics import psnr, scored, ssim
+from msmri.metrics import object_region, psnr, scored, ssim
 from msmri.physics.masks import MaskLaw, slice_seed
 from msmri.preparation import Preparation, calibrate, maps_file, naming, read_slice, require_sampling, to_output
 from msmri.tensors import generators
@@ -190,7 +190,7 @@ def summary_row(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "method": manifest["method"],
         "nominal R": manifest["acceleration"]["nominal"],
         "true R": manifest["acceleration"]["true"],
-        **{name: metrics.get(name) for name in ("psnr", "ssim", "nmse")},
+        **{name: metrics.get(name) for name in ("psnr", "ssim", "nmse", "object_psnr", "object_ssim")},
         "seconds": manifest["seconds"],
         "slices": len(manifest["slices"]),
     }
@@ -330,7 +330,8 @@ def _manifest(
 def score(images: Tensor, targets: Sequence[Tensor | None]) -> tuple[dict[str, Any] | None, list[dict[str, float]]]:
     """Score a volume (slices, y, x) against its targets (1, y, x): volume metrics, and PSNR and SSIM of each slice.
 
-    The data range of all of them is the maximum of the target volume. Slices without a target are left out.
+    The data range of all of them is the maximum of the target volume. Slices without a target are left out. Metrics
+    within the object, which leave out the background where a target is noise, begin with ``object_``.
     """
     known = [place for place, target in enumerate(targets) if target is not None]
     rows: list[dict[str, float]] = [{} for _ in targets]
@@ -339,23 +340,36 @@ def score(images: Tensor, targets: Sequence[Tensor | None]) -> tuple[dict[str, A
     volume = torch.cat([target for target in targets if target is not None]).float()
     try:
         scores = scored(volume, images[known])
-        peak = scores["data_range"]
-        for place, target in zip(known, volume, strict=True):
+        peak, inside = scores["data_range"], object_region(volume)
+        scores |= _within(volume, images[known], inside, peak)
+        for place, target, region in zip(known, volume, inside, strict=True):
             rows[place] = {"psnr": psnr(target, images[place], data_range=peak)}
             rows[place]["ssim"] = ssim(target, images[place], data_range=peak)
+            rows[place] |= _within(target, images[place], region, peak)
     except InputError as error:  # a target that cannot be compared with, such as zeros: no score, but a result
         return {"not computed": str(error)}, [{} for _ in targets]
     return scores, rows
 
 
+def _within(target: Tensor, image: Tensor, region: Any, peak: float) -> dict[str, float]:
+    """Score what lies within the object; nothing where there is too little of it."""
+    try:
+        return {
+            "object_psnr": psnr(target, image, data_range=peak, where=region),
+            "object_ssim": ssim(target, image, data_range=peak, where=region),
+        }
+    except InputError:
+        return {}
+
+
 def _draw(path: Path, jobs: list[_Job], measurement: Measurement, place: int, index: int) -> None:
-    from msmri.report import comparison_figure
+    from msmri.report import SHOWN_SCORES, comparison_figure
 
     images, scores, std = {}, {}, None
     for job in jobs:
         images[job.name] = read_reconstruction(job.output)[place]
         row = json.loads(job.manifest.read_text("utf-8"))["slices"][place]
-        scores[job.name] = {name: row[name] for name in ("psnr", "ssim") if row.get(name) is not None}
+        scores[job.name] = {name: row[name] for name in SHOWN_SCORES if row.get(name) is not None}
         if std is None and getattr(job.method, "samples", 1) > 1:
             std = read_reconstruction(job.output, "reconstruction_std")[place]
     comparison_figure(

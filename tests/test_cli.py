@@ -2,10 +2,12 @@ import csv
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import h5py
@@ -14,11 +16,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import msmri
 from msmri.cli import app
 from msmri.cli.common import find_slices
+from msmri.cli.recon import checked_prior
 from msmri.errors import InputError
 from msmri.io import open_scan, read_maps, read_reconstruction, write_maps, write_scan
 from msmri.methods.zero_filled import ZeroFilled
+from msmri.model.checkpoint import load_checkpoint
 from msmri.physics.coils import root_sum_of_squares
 from msmri.physics.espirit import Espirit
 from msmri.physics.fourier import ifft2c
@@ -406,6 +411,26 @@ def test_weights_for_photographs_are_refused(tmp_path, scan):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "name", ["faces_msm", "faces_oracle", "faces_ambient", "ssdu_r4", "supervised_r4", "ssdu_columns_r4", "adps_r4"]
+)
+def test_shipped_weights_of_other_things_are_refused(tmp_path, scan, name):
+    path = Path(msmri.__file__).parent / "weights" / f"{name}.safetensors"
+    result = invoke("recon", scan, "-o", tmp_path / "out", "--prior", path, "--dry-run", *RETRO, code=2)
+    assert f"{name}.safetensors: these are not weights of msm for complex images" in errors(result)[0]
+    assert len(errors(result)) == 1 and "defect" not in errors(result)[0] and not (tmp_path / "out").exists()
+
+
+def test_a_prior_of_whole_images_is_told_of(tmp_path, scan):
+    weights = Path(msmri.__file__).parent / "weights"
+    with pytest.warns(UserWarning, match="oracle.safetensors was trained on fully sampled scans"):
+        checked_prior(weights / "oracle.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in ("brain_r4", "brain_r4_short", "brain_r4_noisy", "brain64_msm"):
+            assert checked_prior(weights / f"{name}.safetensors").stem == name
+
+
 def test_posterior_samples_from_python(tmp_path, scan):
     from msmri.methods.msm import MSM
     from msmri.model.denoiser import GaussianDenoiser
@@ -604,6 +629,25 @@ def test_info(tmp_path, scan):
         assert str(opened.attributes["patient_id"]) in result.stdout
     noise = float(result.stdout.split("noise level")[1].split()[0])
     assert 0.004 < noise < 0.05  # an upper bound in so small a matrix
+
+
+def test_info_tells_how_shipped_weights_were_trained():
+    weights = Path(msmri.__file__).parent / "weights"
+    told = invoke("info", weights / "brain_r4.safetensors").stdout
+    _, header = load_checkpoint(weights / "brain_r4.safetensors")
+    assert len(header["stages"]) == 4
+    for number, stage in enumerate(header["stages"], 1):
+        (steps,) = [line.split(maxsplit=2)[2] for line in told.splitlines() if line.startswith(f"  stage {number} ")]
+        assert steps.startswith(f"{stage['step']} steps")
+        (recipe,) = [line for line in told.splitlines() if line.startswith(f"  recipe of stage {number} ")]
+        assert json.loads(recipe[recipe.index("{") :]) == stage["recipe"]
+
+
+@pytest.mark.parametrize("factor", [1e30, 1e-25])
+def test_kspace_beyond_single_precision_is_refused(tmp_path, kspace, factor):
+    path = write(tmp_path / "far.h5", kspace * factor, target=None)
+    result = invoke("recon", path, "-o", tmp_path / "out", "--method", "cg-sense", *RETRO, code=2)
+    assert re.search(r"far.h5: slice . holds k-space up to", errors(result)[0]) and "bring" in errors(result)[0]
 
 
 def test_train_hands_over_the_recipe(tmp_path, monkeypatch):

@@ -83,9 +83,18 @@ def _safetensors(path: Path) -> dict[str, Any]:
     from msmri.model.checkpoint import checkpoint_checksum, read_header
 
     header = read_header(path)
-    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in header.items()}
+    texts = {
+        key: value if isinstance(value, str) else json.dumps(value) for key, value in header.items() if key != "stages"
+    }
     shortened = {key: text if len(text) <= 300 else f"{text[:300]}..." for key, text in texts.items()}
-    return {"sha256": checkpoint_checksum(path), **shortened}
+    trained: dict[str, Any] = {}
+    for number, stage in enumerate(header.get("stages") or [], 1):
+        hours = f", {stage['cpu_hours']:.2f} CPU hours" if "cpu_hours" in stage else ""
+        trained[f"stage {number}"] = f"{stage.get('step', '?')} steps{hours}"
+        trained[f"recipe of stage {number}"] = json.dumps(stage.get("recipe"))  # whole: to train it again
+    if not trained and "recipe" in header:
+        shortened["recipe"] = texts["recipe"]
+    return {"sha256": checkpoint_checksum(path), **shortened, **trained}
 
 
 def _pickle(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """``msmri recon``: reconstruct files with one or several methods, and score what can be scored."""
 
 import dataclasses
+import warnings
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from msmri.methods import Reconstructor
     from msmri.preparation import Preparation
 
-COLUMNS = {"method": "", "true R": ".2f", "PSNR": ".2f", "SSIM": ".4f", "NMSE": ".5f", "seconds": ".1f"}
+SCORES = {"PSNR": ".2f", "SSIM": ".4f", "NMSE": ".5f", "object PSNR": ".2f", "object SSIM": ".4f"}
+COLUMNS = {"method": "", "true R": ".2f", **SCORES, "seconds": ".1f"}
 
 
 @guarded
@@ -141,11 +143,33 @@ def load_methods(names: str, options: list[str], shared: dict[str, Any]) -> "dic
 
 
 def checked_prior(prior: str | Path | None) -> Path:
-    """Give the weights file, the shipped one by default, once loaded and dropped: a bad one is told of before work."""
+    """Give the weights file, the shipped one by default, once tried and dropped: a bad one is told of before work.
+
+    Weights of photographs, and of other methods, are no prior of scans.
+    """
+    import torch
+
+    from msmri.model.checkpoint import read_header
     from msmri.model.prior import load_prior, shipped_prior
+    from msmri.physics.operators import CoilFourier
+    from msmri.sampling.aggregate import ImagePartial
 
     path = Path(prior) if prior is not None else shipped_prior()
-    load_prior(path, in_channels=2)  # one complex channel
+    model: Any = load_prior(path, in_channels=2)  # one complex channel
+    blank = torch.zeros(1, 1, 32, 32, dtype=torch.complex64)
+    mask, encoding = torch.ones(1, 1, 1, 32, dtype=torch.bool), CoilFourier(torch.ones(1, 1, 1, 32, 32) + 0j)
+    try:
+        partial = ImagePartial(model) if hasattr(model, "denoise") else model
+        with torch.inference_mode():
+            tried = partial(blank, mask, encoding, torch.ones(1, 1, 1, 1))
+        if tried.shape != blank.shape or not tried.is_complex():
+            raise ValueError(f"complex k-space became {tried.dtype} {tuple(tried.shape)}")
+    except Exception as error:
+        mend = "give weights that msmri trained by an MSM recipe on scans, or published ones"
+        raise InputError("these are not weights of msm for complex images", mend=mend, path=path) from error
+    recipe = read_header(path).get("recipe") if path.suffix == ".safetensors" else None
+    if isinstance(recipe, dict) and "FullScans" in str((recipe.get("data") or {}).get("use")):
+        warnings.warn(f"{path.name} was trained on fully sampled scans: it is no prior of MSM's kind", stacklevel=2)
     return path
 
 
@@ -289,7 +313,11 @@ def _report(out: Path, done: dict[str, Path], methods: list[str]) -> None:
     for name in methods:
         mine = [row for row in rows if row["method"] == name and row["stem"] in done]
         if mine:
-            keys = {"true R": "true R", "PSNR": "psnr", "SSIM": "ssim", "NMSE": "nmse", "seconds": "seconds"}
+            keys = {
+                "true R": "true R",
+                **{name: name.lower().replace(" ", "_") for name in SCORES},
+                "seconds": "seconds",
+            }
             table.append({"method": name, **{shown: _mean(mine, key) for shown, key in keys.items()}})
     typer.echo(f"\nMean over {len(done)} file{'s' if len(done) > 1 else ''}:\n\n{markdown_table(table, COLUMNS)}")
     write_csv(out / "scores.csv", [{key: value for key, value in row.items() if key != "stem"} for row in rows])

@@ -22,6 +22,7 @@ from msmri.measurement import Measurement
 from msmri.tensors import Mask
 
 STRAY_ZEROS = 0.01  # share of zeros among the sampled lines up to which they are measured zeros, not a 2-D mask
+LEAST_PEAK = 1e-15  # of k-space; squares of less, or of more than its inverse, come near the ends of single precision
 
 
 class Sampling(NamedTuple):
@@ -193,6 +194,13 @@ class Scan:
             raise InputError(f"slice {index} holds NaN or infinite k-space", mend="leave it out", path=self.path)
         if not values.any():
             raise InputError(f"slice {index} holds only zeros", mend="leave it out", path=self.path)
+        peak = float(max(values.real.max(), -values.real.min(), values.imag.max(), -values.imag.min()))
+        if not LEAST_PEAK <= peak <= 1 / LEAST_PEAK:
+            raise InputError(
+                f"slice {index} holds k-space up to {peak:.1e}, whose squares leave single precision",
+                mend="multiply k-space and targets by a number that brings it near 1",
+                path=self.path,
+            )
         return values
 
     def _sampling(self, values: np.ndarray, index: int) -> Sampling:
