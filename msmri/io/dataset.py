@@ -1,6 +1,7 @@
 """Scans as training data: batches of equally sized slices, coil maps computed once, nothing unmeasured."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from msmri.errors import InputError
+from msmri.errors import InputError, InputWarning
 from msmri.io.fastmri import Scan, list_scans, open_scan
 from msmri.io.kspace import undersample
 from msmri.io.output import read_maps, write_maps
@@ -19,6 +20,8 @@ from msmri.physics.espirit import Espirit
 from msmri.physics.masks import MaskLaw, RandomLines, draw_masks, slice_seed
 from msmri.physics.operators import CoilFourier, Subsample
 from msmri.tensors import Mask
+
+MANY_SLICES = 20  # of which some should measure every line
 
 
 @dataclass
@@ -81,6 +84,9 @@ class _Scans:
         """Give the masks (len(chosen), 1, 1 or ky, kx) of slices in a batch, ``rng`` left as it is."""
         return scan.mask[chosen]
 
+    def _complete(self) -> None:
+        """Look at the scans together, once all of them are in memory."""
+
     def _maps_file(self, stem: str) -> str:
         """Name the file of a scan's coil maps in the cache."""
         return self.map_files.format(stem)
@@ -127,6 +133,8 @@ class _Scans:
             tuple(source for item in slices for source in item.source),
         )
         self._scans[number] = loaded
+        if len(self._scans) == len(self.files):
+            self._complete()
         return loaded
 
     def batch(self, rng: Generator, *, pixels: int) -> Measurement:
@@ -207,6 +215,24 @@ class TrainingScans(_Scans):
         if complete:
             mend = "undersample it or leave it out"
             raise InputError(f"slice {complete[0]} is fully sampled", mend=mend, path=scan.path)
+
+    def _complete(self) -> None:
+        """Warn of lines between measured ones that none of many slices measured: nothing supervises them."""
+        masks: dict[int, list[Tensor]] = {}
+        for scan in self._scans.values():
+            columns = scan.mask.flatten(1, -2).any(1)
+            masks.setdefault(columns.shape[-1], []).append(columns)
+        for width, parts in masks.items():
+            slices = torch.cat(parts)
+            inner = slices.any(0).nonzero().flatten()
+            missing = int(inner[-1] - inner[0] + 1 - len(inner)) if len(inner) else 0
+            if missing and len(slices) >= MANY_SLICES:
+                warnings.warn(
+                    f"{missing} of {width} lines are measured in none of {len(slices)} slices: nothing supervises them "
+                    "in training; add scans with other masks",
+                    InputWarning,
+                    stacklevel=2,
+                )
 
 
 @dataclass

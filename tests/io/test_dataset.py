@@ -42,6 +42,28 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize("blind", [(), (3, 30)])
+def test_lines_that_no_scan_measured_are_told_of(tmp_path, blind):
+    shape, rng = (32, 36), torch.Generator().manual_seed(0)
+    image, maps = phantom(shape, rng).expand(10, *shape), coil_maps(shape, 4, rng)
+    for number in range(2):
+        mask = torch.zeros(1, 36, dtype=torch.bool)
+        mask[:, 12:24], mask[:, number::2] = True, True  # every second line, and the others in the other scan
+        mask[:, list(blind)] = False
+        mask[:, :2] = False  # a margin
+        mask[:, 34:] = False
+        values = Subsample(mask[None, None])(simulate_kspace(image, maps, rng, noise_std=0.01)[0])
+        write_scan(tmp_path / f"s{number}.h5", values, mask=mask[None].numpy())
+    data = TrainingScans(str(tmp_path))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        draws(data, 12)
+        draws(data, 3)
+    about = [str(one.message) for one in told if "measured in none of" in str(one.message)]
+    assert len(about) == (1 if blind else 0)
+    assert not blind or about[0].startswith("2 of 36 lines are measured in none of 20 slices")
+
+
 def test_scans_of_one_kind_share_a_batch(tmp_path):
     for number, shape in enumerate([(40, 36), (40, 36), (40, 36), (33, 41)]):
         scan(tmp_path / f"s{number}.h5", shape, seed=number)
