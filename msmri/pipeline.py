@@ -27,7 +27,16 @@ from msmri.measurement import Measurement
 from msmri.methods import Reconstructor
 from msmri.metrics import object_region, psnr, scored, ssim
 from msmri.physics.masks import MaskLaw, slice_seed
-from msmri.preparation import Preparation, calibrate, maps_file, naming, read_slice, require_sampling, to_output
+from msmri.preparation import (
+    Preparation,
+    calibrate,
+    check_maps,
+    maps_file,
+    naming,
+    read_slice,
+    require_sampling,
+    to_output,
+)
 from msmri.tensors import generators
 
 SCALE_CONVENTION = "magnitude in the units of the input: orthonormal Fourier transform, coils combined with unit maps"
@@ -113,6 +122,7 @@ def reconstruct_file(
         common = {"input": sha256(path), "slices": indices, **preparation.describe()}
         if preparation.maps is not None:
             common["maps"] = sha256(maps_file(preparation.maps, path))
+            notes = {**(notes or {}), "maps": check_maps(scan, preparation)}
         jobs, pending = [], []
         for name, method in methods.items():
             job = _Job(name, method, out / name / f"{path.stem}.h5", {**common, **describe_method(name, method)})

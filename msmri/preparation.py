@@ -1,17 +1,19 @@
 """How a slice of a file becomes a measurement: read, cropped, undersampled, with coil maps of its own."""
 
 import dataclasses
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Generator, Tensor
 
-from msmri.errors import InputError
+from msmri.errors import InputError, InputWarning
 from msmri.io.fastmri import Scan, open_scan
 from msmri.io.kspace import centre_crop, undersample
+from msmri.io.maps import OTHER, SHOWN, checksum, differences, maps_settings, same_maps
 from msmri.io.output import read_maps
 from msmri.measurement import Measurement
 from msmri.metrics import psnr
@@ -36,6 +38,8 @@ class Preparation:
     crop_to: int | None = None  # crop k-space to this many rows and columns: a trial at low resolution
     coils: int | None = None  # compress to this many virtual coils
     device: str = "cpu"
+    espirit: Espirit = field(default_factory=Espirit)  # how maps are estimated, the number of their sets aside
+    trust_maps: bool = False  # use ``maps`` even if they were made from other data than is reconstructed
 
     def describe(self) -> dict[str, Any]:
         """Tell all that decides the result, the device not among it."""
@@ -45,7 +49,11 @@ class Preparation:
             law |= {"one mask for each": self.mask_per}
         maps = str(self.maps) if self.maps is not None else "ESPIRiT"
         told = {name: getattr(self, name) for name in ("seed", "sets", "crop_to", "coils")}
-        return {"mask": law, "maps": maps, **told, **({"noise": self.noise} if self.noise > 0 else {})}
+        told |= {"noise": self.noise} if self.noise > 0 else {}
+        chosen = dataclasses.asdict(replace(self.espirit, sets=1))
+        usual = dataclasses.asdict(Espirit())
+        other = {name: value for name, value in chosen.items() if value != usual[name]}
+        return {"mask": law, "maps": maps, **told, **({"espirit": other} if other else {})}
 
 
 def require_sampling(scan: Scan, preparation: Preparation) -> None:
@@ -91,12 +99,19 @@ def read_slice(scan: Scan, index: int, preparation: Preparation) -> Measurement:
 
 
 def calibrate(measurement: Measurement, scan: Scan, index: int, preparation: Preparation) -> Measurement:
-    """Add noise level and coil maps, both from the measured data of the slice alone, and move it to the device."""
+    """Add noise level and coil maps, both from the measured data of the slice alone, and move it to the device.
+
+    Raises
+    ------
+    InputError
+        If given maps do not fit the slice, or were made from other data, see :func:`check_maps`.
+    """
     values, mask = measurement.values.to(preparation.device), measurement.mask.to(preparation.device)
     if preparation.maps is None:
-        maps = Espirit(sets=preparation.sets)(values, mask)
+        maps = replace(preparation.espirit, sets=preparation.sets)(values, mask)
     else:
         path = maps_file(preparation.maps, scan.path)
+        check_maps(scan, preparation)
         maps = read_maps(path, index=index)[None].to(values)
         if maps.shape[2:] != values.shape[1:]:
             raise InputError(
@@ -106,6 +121,65 @@ def calibrate(measurement: Measurement, scan: Scan, index: int, preparation: Pre
             )
     noise = estimate_noise_std(values, mask)[:, None, None, None]
     return replace(measurement, values=values, mask=mask, encoding=CoilFourier(maps), noise_std=noise)
+
+
+def made_from(scan: Scan, preparation: Preparation) -> dict[str, Any]:
+    """Tell what coil maps of a scan are made from: its name and checksum, and the preparation as far as it matters."""
+    told = {"input": checksum(scan.path), "name": scan.path.name, **preparation.describe()}
+    if preparation.crop_to is not None and preparation.crop_to >= max(scan.kspace_shape[-2:]):
+        told["crop_to"] = None
+    if preparation.coils is not None and preparation.coils >= scan.n_coils:
+        told["coils"] = None
+    return same_maps(told)
+
+
+def check_maps(scan: Scan, preparation: Preparation) -> dict[str, Any] | None:
+    """Check that given coil maps come from the data that is reconstructed; tell for the manifest what they come from.
+
+    Maps of another mask, and of all lines most of all, know more than the measurement does and flatter its scores:
+    they are taken with a warning, and so are maps that do not tell. With ``trust_maps`` there is no warning, and
+    maps of another scan are taken, too.
+
+    Returns
+    -------
+    dict or None
+        The file, what it says it was made from, and a note where that differs or is missing; None without maps.
+
+    Raises
+    ------
+    InputError
+        If the maps were made from another scan, or with other cropping, coils or number of sets.
+    """
+    if preparation.maps is None:
+        return None
+    path = maps_file(preparation.maps, scan.path)
+    stored = maps_settings(path)
+    told: dict[str, Any] = {"file": str(path), "made from": stored}
+    if stored is None:
+        warnings.warn(
+            f"{path} does not tell what its coil maps were made from: they are used unchecked",
+            InputWarning,
+            stacklevel=2,
+        )
+        return {**told, "note": "the maps do not tell what they were made from; used unchecked"}
+    wanted = made_from(scan, preparation)
+    differing, shown = (differences(stored, wanted, keys=keys) for keys in (OTHER, SHOWN))
+    if preparation.sets != "auto" and stored.get("sets") != preparation.sets:
+        sets = read_maps(path, index=0).shape[0]
+        differing += [f"sets {sets}, not {preparation.sets}"] if sets != preparation.sets else []
+    if not differing and not shown:
+        return told
+    if preparation.trust_maps:
+        return {**told, "note": f"used as they are, though made from other data: {'; '.join(differing + shown)}"}
+    if not differing:
+        note = f"made from other measurements of the scan than are reconstructed ({'; '.join(shown)})"
+        warnings.warn(f"{path}: the coil maps were {note}, which may flatter scores", InputWarning, stacklevel=2)
+        return {**told, "note": note}
+    raise InputError(
+        f"these coil maps were made from other data than is reconstructed ({'; '.join(differing)})",
+        mend="make them with msmri coils and the same options, or use them with --maps-as-they-are",
+        path=path,
+    )
 
 
 def maps_file(maps: Path, scan: Path) -> Path:

@@ -113,6 +113,7 @@ PUBLISHED = {  # weights, pixels along each side, learning rate
     "photos128_msm_noisy": (105.20e6, 128, 1e-5),
     "photos128_ambient": (105.20e6, 128, 1e-5),
     "photos128_oracle": (105.20e6, 128, 1e-5),
+    "photos128_oracle_vp": (105.20e6, 128, 1e-5),
 }
 
 
@@ -131,7 +132,10 @@ def test_full_size_networks_are_those_of_the_paper(name):
 def prior_of(path, folder):
     """Write small weights in place of those that a recipe of another command names; give their path."""
     told = load_recipe(path)
-    run = Path(told["prior"] if "prior" in told else told["weights"]).parent
+    options = dict(option.split("=") for option in told.get("option", []))
+    named = {told[key] for key in ("prior", "weights") if key in told}
+    (file,) = named | {value for key, value in options.items() if key.endswith(".weights")}
+    run = Path(file).parent
     assert run.parent == Path("runs") and ROOT / "recipes" / f"{run.name}.yaml" in RECIPES
     recipe = load_recipe(ROOT / "recipes" / f"{run.name}.yaml")
     shrink(recipe["model"])
@@ -153,6 +157,9 @@ def invoke(*arguments, code=0):
 
 POSTERIOR = {"eta": 0.85, "schedule": "vp", "likelihood": "gradient", "start": "noise", "samples": 1, "steps": 2,
              "aggregate": "parallel", "include_measured": False}  # fmt: skip
+DPS = {"samples": 1, "steps": 2, "sigma_max": 10.0, "sigma_min": 0.004, "likelihood_step": 3.0}
+DDNM = {"samples": 1, "steps": 2, "sigma_max": 10.0, "sigma_min": 0.004, "eta": 0.85}
+ORACLES = {"dps": DPS, "ddnm": DDNM}
 TOLD = {  # what the manifest must tell of the sampler, after two steps instead of 200
     "brain64_generate": {"masks_per_step": 8, "eta": 1.0, "covering": True, "schedule": None, "sigma_max": 30.0},
     "mri256_csmri": POSTERIOR | {"masks_per_step": 3, "data_weight": 2.0, "covering": False},
@@ -160,14 +167,20 @@ TOLD = {  # what the manifest must tell of the sampler, after two steps instead 
     "mri256_generate_oracle": {"masks_per_step": 1, "eta": 1.0, "schedule": None, "sigma_max": None},
     "photos128_box": POSTERIOR | {"masks_per_step": 2, "data_weight": 1.75, "covering": True},
     "photos128_generate": {"masks_per_step": 3, "eta": 1.0, "covering": True, "schedule": "vp", "renewal": "constant"},
+    "photos128_generate_oracle": {"masks_per_step": 1, "eta": 1.0, "schedule": "vp", "renewal": "constant"},
     "photos128_super_resolution": POSTERIOR | {"masks_per_step": 2, "data_weight": 1.75, "covering": True},
 }
+NOISY = {f"{name}_noisy": name for name in TOLD if "oracle" not in name and not name.startswith("brain64")}
+TOLD |= {name: TOLD[twin] for name, twin in NOISY.items()}
+TOLD |= {name: ORACLES for name in ("mri256_csmri_oracle", "photos128_box_oracle", "photos128_super_resolution_oracle")}
 DRAWN = {  # what sample says before it begins
     "brain64_generate": ("64 x 64", "50 steps from sigma 30 to 0.01", "8 masks a step of random lines: nominal 4.00"),
     "mri256_generate": ("256 x 256", "200 steps from sigma 1", "3 masks a step of random lines: nominal 4.00"),
     "mri256_generate_oracle": ("256 x 256", "200 steps from sigma 10 to 0.01", "1 masks a step of random lines: nomin"),
     "photos128_generate": ("128 x 128", "200 steps from sigma 1", "3 masks a step of random tiles: nominal 1.67"),
+    "photos128_generate_oracle": ("128 x 128", "200 steps from sigma 1", "1 masks a step of random tiles: nominal 1"),
 }
+DRAWN |= {name: DRAWN[twin] for name, twin in NOISY.items() if twin in DRAWN}
 
 
 def test_every_recipe_of_a_command_is_tried():
@@ -199,46 +212,120 @@ def test_a_shrunk_copy_draws(path, tmp_path):
         "mri256_generate": 4,
         "mri256_generate_oracle": 1,
         "photos128_generate": 1.6667,
-    }[path.stem]
+        "photos128_generate_oracle": 1,
+    }[path.stem.removesuffix("_noisy")]
     assert manifest["settings"]["method"]["law"]["acceleration"] == acceleration
 
 
-def test_a_shrunk_copy_reconstructs(tmp_path):
-    path, out = ROOT / "recipes" / "mri256_csmri.yaml", tmp_path / "out"
+def methods_of(name):
+    """What the manifests must tell, by method."""
+    return TOLD[name] if name.endswith("_oracle") else {"msm": TOLD[name]}
+
+
+@pytest.mark.parametrize("name", ["mri256_csmri", "mri256_csmri_noisy", "mri256_csmri_oracle"])
+def test_a_shrunk_copy_reconstructs(name, tmp_path):
+    path, out = ROOT / "recipes" / f"{name}.yaml", tmp_path / "out"
     scan = phantom_measurement((32, 32), slices=1, noise_std=1e-4)
     write_scan(tmp_path / "scan.h5", scan.encoding(scan.target[:, None].to(torch.complex64)))
-    small = ["--prior", prior_of(path, tmp_path), "--option", "msm.steps=2", "--center-lines", "8", "--device", "cpu"]
+    prior = prior_of(path, tmp_path)
+    small = ["--center-lines", "8", "--device", "cpu"]
+    for method in methods_of(name):
+        small += ["--option", f"{method}.steps=2"]
+        small += ["--prior", prior] if method == "msm" else ["--option", f"{method}.weights={prior}"]
     invoke("recon", tmp_path / "scan.h5", "--recipe", path, "-o", out / "4", *small)
     invoke("recon", tmp_path / "scan.h5", "--recipe", path, "-o", out / "6", *small, "-R", "6")
     for acceleration in (4, 6):
-        with h5py.File(out / str(acceleration) / "msm" / "scan.h5") as file:
-            image = file["reconstruction"][()]
-        assert image.shape == (1, 32, 32) and np.isfinite(image).all() and image.max() > 0.1
-        manifest = json.loads((out / str(acceleration) / "msm" / "scan.json").read_text())
-        assert manifest["recipe"] == {"name": path.name, "content": load_recipe(path)}
-        assert subset(manifest["options"], TOLD[path.stem]) == TOLD[path.stem]
-        assert manifest["settings"]["noise"] == 0.01 and manifest["mask"]["law"] == "random-lines"
-        assert manifest["acceleration"]["nominal"] == acceleration and manifest["mask"]["centre_lines"] == 8
+        assert {found.name for found in (out / str(acceleration)).iterdir() if found.is_dir()} == set(methods_of(name))
+        for method, told in methods_of(name).items():
+            with h5py.File(out / str(acceleration) / method / "scan.h5") as file:
+                image = file["reconstruction"][()]
+            assert image.shape == (1, 32, 32) and np.isfinite(image).all() and image.max() > 0.1
+            manifest = json.loads((out / str(acceleration) / method / "scan.json").read_text())
+            assert manifest["recipe"] == {"name": path.name, "content": load_recipe(path)}
+            assert subset(manifest["options"], told) == told
+            assert manifest["settings"]["noise"] == 0.01 and manifest["mask"]["law"] == "random-lines"
+            assert manifest["acceleration"]["nominal"] == acceleration and manifest["mask"]["centre_lines"] == 8
 
 
 @pytest.mark.parametrize(("name", "amount"), [("box", 0.5), ("super_resolution", 4)])
-def test_a_shrunk_copy_restores(name, amount, tmp_path):
-    path, out = ROOT / "recipes" / f"photos128_{name}.yaml", tmp_path / "out"
+@pytest.mark.parametrize("end", ["", "_noisy", "_oracle"])
+def test_a_shrunk_copy_restores(name, amount, end, tmp_path):
+    path, out = ROOT / "recipes" / f"photos128_{name}{end}.yaml", tmp_path / "out"
     data = {"use": "msmri.io.photos:"}
     write_data(data, tmp_path / "data")
     images = np.load(data["path"])["images"]
     np.savez(data["path"], images=images, split=[0] * 5 + [1] * 4)
-    small = ["--weights", prior_of(path, tmp_path), "--option", "msm.steps=2", "--size", "16", "--limit", "2"]
-    result = invoke("restore", data["path"], "--recipe", path, "-o", out, *small, "--device", "cpu")
+    small = ["--weights", prior_of(path, tmp_path), "--size", "16", "--limit", "2", "--device", "cpu"]
+    small += [word for method in methods_of(path.stem) for word in ("--option", f"{method}.steps=2")]
+    result = invoke("restore", data["path"], "--recipe", path, "-o", out, *small)
     assert "2 photographs of 16 x 16" in result.stdout
-    manifest = json.loads((out / "msm" / "restored.json").read_text())
-    assert manifest["finished"] and manifest["recipe"] == {"name": path.name, "content": load_recipe(path)}
-    told = manifest["settings"]
-    assert subset(told, TOLD[path.stem]) == TOLD[path.stem]
-    assert (told["task"], told["amount"], told["noise"]) == (name.replace("_", "-"), amount, 0)
-    rows = list(manifest["photographs"].values())
-    assert len(rows) == 2 and all(np.isfinite(row["PSNR"]) for row in rows)
-    assert read_photo(out / "msm" / rows[0]["file"]).shape == (3, 16, 16)
+    for method, expected in methods_of(path.stem).items():
+        manifest = json.loads((out / method / "restored.json").read_text())
+        assert manifest["finished"] and manifest["recipe"] == {"name": path.name, "content": load_recipe(path)}
+        told = manifest["settings"]
+        assert subset(told, expected) == expected
+        assert (told["task"], told["amount"], told["noise"]) == (name.replace("_", "-"), amount, 0)
+        rows = list(manifest["photographs"].values())
+        assert len(rows) == 2 and all(np.isfinite(row["PSNR"]) for row in rows)
+        assert read_photo(out / method / rows[0]["file"]).shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_twins_with_noise_differ_in_nothing_but_the_prior(name):
+    noisy, quiet = (load_recipe(ROOT / "recipes" / f"{one}.yaml") for one in (name, NOISY[name]))
+    kind = "prior" if "prior" in quiet else "weights"
+    before, after = quiet.pop(kind), noisy.pop(kind)
+    assert noisy == quiet
+    folder = {"runs/mri256_r4": "runs/mri256_r4_noisy", "runs/photos128_msm": "runs/photos128_msm_noisy"}
+    assert after == before.replace(str(Path(before).parent), folder[str(Path(before).parent)])
+
+
+@pytest.mark.parametrize("name", ["mri256_csmri", "photos128_box", "photos128_super_resolution"])
+def test_oracles_are_given_the_same_problem(name):
+    oracle, ours = (load_recipe(ROOT / "recipes" / f"{one}.yaml") for one in (f"{name}_oracle", name))
+    for key in ("method", "prior", "weights", "preset"):
+        ours.pop(key, None)
+    assert subset(oracle, ours) == ours and oracle["method"] == "dps,ddnm" and oracle["samples"] == 1
+    assert {"dps.steps=200", "ddnm.steps=200"} <= set(oracle["option"])
+
+
+def test_the_oracle_that_draws_is_the_twin_of_the_prior_with_holes():
+    whole, holes = (load_recipe(ROOT / "recipes" / f"photos128_{name}.yaml") for name in ("oracle_vp", "msm"))
+    assert all(whole[part] == holes[part] for part in ("model", "loss", "train"))
+    assert (whole["data"]["path"], whole["data"]["size"]) == (holes["data"]["path"], holes["data"]["size"])
+
+
+@pytest.mark.parametrize("name", ["mri256_r4_noisy", "photos128_msm_noisy"])
+def test_training_with_noise_goes_on_from_its_warm_up(name, tmp_path):
+    def stage(run, *changes):
+        data = tmp_path / f"data_{run}"
+        recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", list(changes))
+        write_data(recipe["data"], data)
+        shrink(recipe["model"])
+        recipe["train"] |= {"steps": 2, "pixels": 1800}
+        path = tmp_path / f"{run}.json"
+        path.write_text(json.dumps(recipe))
+        invoke("train", path, tmp_path / run, "--device", "cpu")
+        return load_checkpoint(tmp_path / run / "last.safetensors")
+
+    told = [line for line in (ROOT / "recipes" / f"{name}.yaml").read_text().splitlines() if "msmri train" in line]
+    first, second = (line.split("--set ")[1:] for line in told)
+    assert first == ["loss.warm_up=true ", "train.steps=50000"] and second == ["start=runs/warm/last.safetensors"]
+    warm, header = stage("warm", "loss.warm_up=true")
+    assert header["recipe"]["loss"]["warm_up"] is True and "start" not in header["recipe"]
+    start = tmp_path / "warm" / "last.safetensors"
+    after, header = stage("noisy", f"start={start}")
+    assert header["recipe"]["loss"]["warm_up"] is False and header["recipe"]["start"] == str(start)
+    fresh, _ = stage("fresh")
+    assert warm.keys() == after.keys() == fresh.keys()
+
+    def apart(one, other):
+        return sum(float((one[key].float() - other[key].float()).square().sum()) for key in one) ** 0.5
+
+    assert apart(after, warm) > 0  # it has learned on,
+    assert apart(after, fresh) > 0  # from there and not from the beginning
+    prior = load_prior(tmp_path / "noisy" / "last.safetensors")
+    assert all(bool(value.isfinite().all()) for value in prior.state_dict().values())
 
 
 @pytest.mark.parametrize("name", ["mri256_r4", "photos128_msm"])

@@ -19,7 +19,9 @@ KINDS = {2: "MRI (complex images)", 3: "photographs (colour)"}  # by real channe
 def convert_weights(
     source: Annotated[Path, typer.Argument(metavar="IN.pt", help="Published weights: a state dict of an ADM U-Net.")],
     out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="File to write.")],
-    head_channels: Annotated[int, typer.Option(help="Width of an attention head; 64 as published.")] = 64,
+    head_channels: Annotated[
+        int | None, typer.Option(help="Width of an attention head; known of the published networks, else 64.")
+    ] = None,
     heads: Annotated[int | None, typer.Option(help="Number of attention heads, in place of their width.")] = None,
     overwrite: common.Overwrite = False,
     debug: common.Debug = False,

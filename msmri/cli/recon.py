@@ -41,6 +41,10 @@ def recon(
     samples: Annotated[int | None, typer.Option(help="Posterior samples of each slice.")] = None,
     preset: Annotated[str | None, typer.Option(help="Settings of msm: default, or paper.")] = None,
     maps: Annotated[Path | None, typer.Option(help="Coil maps of msmri coils: a file, or a directory.")] = None,
+    maps_as_they_are: Annotated[
+        bool,
+        typer.Option("--maps-as-they-are", help="Use --maps even of another scan, and say nothing; manifests tell."),
+    ] = False,
     sets: common.Sets = "auto",
     crop_to: common.CropTo = None,
     coils: common.Coils = None,
@@ -71,6 +75,8 @@ def recon(
         raise InputError("no such file or directory", mend="make coil maps with msmri coils", path=maps)
     if not 0 <= noise < float("inf") or (noise > 0 and mask is None):
         raise InputError(f"--noise {noise:g} cannot be added", mend="give 0 or more, and --mask with it")
+    if maps_as_they_are and maps is None:
+        raise InputError("--maps-as-they-are is of no use without maps", mend="give --maps, or leave it out")
     preparation = Preparation(
         law=common.find_law(mask, acceleration, center_lines),
         seed=seed,
@@ -81,6 +87,7 @@ def recon(
         crop_to=common.at_least(crop_to, 16, "--crop-to"),
         coils=common.at_least(coils, 1, "--coils"),
         device=common.find_device(device),
+        trust_maps=maps_as_they_are,
     )
     shared = {"prior": prior, "samples": samples, "preset": preset}
     methods = load_methods(method, option or [], {name: value for name, value in shared.items() if value is not None})
@@ -252,10 +259,11 @@ def plan(path: Path, methods: list[str], out: Path, preparation: "Preparation", 
     from msmri.io.fastmri import open_scan
     from msmri.physics.masks import MaskLaw
     from msmri.pipeline import choose_slices
-    from msmri.preparation import require_sampling
+    from msmri.preparation import check_maps, require_sampling
 
     with open_scan(path) as scan:
         require_sampling(scan, preparation)
+        check_maps(scan, preparation)
         indices = choose_slices(slices, scan)
         rows, columns = scan.kspace_shape[2:]
         sampling = "undersampled already"

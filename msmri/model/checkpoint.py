@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -15,12 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from msmri.errors import InputError
-from msmri.model.adm import ADMConfig, ADMUNet, import_state_dict
+from msmri.errors import InputError, InputWarning
+from msmri.model.adm import COLOUR_128, COMPLEX_256, ADMConfig, ADMUNet, import_state_dict
 from msmri.model.denoiser import ComplexChannels, EpsilonVP, VPSchedule
 
 HEADER, COMPLEX = "msmri", "msmri.complex"  # keys of the safetensors metadata
 PUBLISHED = "adm"  # value of the header's "format" for converted published weights
+HEAD_CHANNELS = 64  # width of an attention head of the published networks
 NESTINGS = ("ema", "ema_state_dict", "model_ema", "state_dict", "model_state_dict", "model")  # preferred first
 
 
@@ -102,7 +104,7 @@ def checkpoint_checksum(path: str | Path) -> str:
 def load_published(
     path: str | Path,
     *,
-    head_channels: int = 64,
+    head_channels: int | None = None,
     n_heads: int | None = None,
     in_channels: int | None = None,
     nearest: bool = False,
@@ -117,7 +119,8 @@ def load_published(
     path
         A ``.pt`` file with the state dict, flat or under ``ema`` or ``state_dict``, or a safetensors file.
     head_channels, n_heads
-        Width of an attention head, or their number; 64 wide as published. A converted file knows its own.
+        Width of an attention head, or their number. The published networks, and converted files, know their own; no
+        shape tells that of another network, which is taken to be 64 wide, with a warning.
     in_channels
         The number of real channels the weights must have; any without it.
     nearest
@@ -129,20 +132,18 @@ def load_published(
         If the file is damaged, would run code, or does not hold a network of this family with so many channels.
     """
     path = Path(path)
-    network, schedule = _read_network(path, head_channels=head_channels, n_heads=n_heads)
-    channels = network.config.in_channels
-    if in_channels is not None and channels != in_channels:
-        raise InputError(
-            f"the weights are for {channels} real channels, not {in_channels}",
-            mend="choose weights of the same kind as the data (2 for complex images, 3 for colours)",
-            path=path,
-        )
-    door = ComplexChannels(network) if channels == 2 else network
+    network, schedule = _read_network(path, head_channels=head_channels, n_heads=n_heads, in_channels=in_channels)
+    door = ComplexChannels(network) if network.config.in_channels == 2 else network
     return EpsilonVP(door, schedule, nearest=nearest).to(device).eval()
 
 
 def convert_published(
-    path: str | Path, out: str | Path, *, head_channels: int = 64, n_heads: int | None = None, overwrite: bool = False
+    path: str | Path,
+    out: str | Path,
+    *,
+    head_channels: int | None = None,
+    n_heads: int | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Convert published weights to safetensors with prediction type, schedule and network in the header, returned.
 
@@ -166,7 +167,9 @@ def convert_published(
     return read_header(out)
 
 
-def _read_network(path: Path, *, head_channels: int, n_heads: int | None) -> tuple[ADMUNet, VPSchedule]:
+def _read_network(
+    path: Path, *, head_channels: int | None, n_heads: int | None, in_channels: int | None = None
+) -> tuple[ADMUNet, VPSchedule]:
     """Read the network, in float32, and the schedule from published or converted weights."""
     schedule = VPSchedule()
     try:
@@ -184,7 +187,21 @@ def _read_network(path: Path, *, head_channels: int, n_heads: int | None) -> tup
         if header:
             config, schedule = _description(path, header)
         else:
-            config, state = import_state_dict(state, head_channels=head_channels, n_heads=n_heads)
+            config, state = import_state_dict(state, head_channels=head_channels or HEAD_CHANNELS, n_heads=n_heads)
+        if in_channels is not None and config.in_channels != in_channels:
+            raise InputError(
+                f"the weights are for {config.in_channels} real channels, not {in_channels}",
+                mend="choose weights of the same kind as the data (2 for complex images, 3 for colours)",
+            )
+        told = header or head_channels is not None or n_heads is not None
+        if not told and config not in (COMPLEX_256, COLOUR_128):  # every network of the family has attention
+            warnings.warn(
+                f"{path} is none of the published networks, and no shape tells how wide its attention heads are: "
+                f"{HEAD_CHANNELS} is taken, and wrong images come out if that is not so; give head_channels=... as in "
+                "training, or convert it with msmri convert-weights --head-channels",
+                InputWarning,
+                stacklevel=4,
+            )
     except InputError as error:
         raise error if error.path else InputError(error.problem, mend=error.mend, path=path) from None
     with torch.device("meta"):

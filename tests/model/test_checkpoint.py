@@ -4,14 +4,16 @@ import pickle
 import subprocess
 from collections import OrderedDict
 from dataclasses import asdict
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from msmri.errors import InputError
-from msmri.model.adm import ADMConfig, ADMUNet, export_state_dict
+from msmri.errors import InputError, InputWarning
+from msmri.model.adm import COLOUR_128, COMPLEX_256, ADMConfig, ADMUNet, export_state_dict
 from msmri.model.checkpoint import (
     checkpoint_checksum,
     convert_published,
@@ -21,6 +23,10 @@ from msmri.model.checkpoint import (
     save_checkpoint,
 )
 from msmri.model.denoiser import ComplexChannels, VPSchedule
+from msmri.model.prior import load_prior
+
+REFERENCE = Path(__file__).parents[3] / "shared" / "reference"
+needs_reference = pytest.mark.skipif(not REFERENCE.exists(), reason="reference files are not here")
 
 HEADER = {"recipe": {"mask": {"use": "msmri.physics.masks:RandomLines", "acceleration": 4}}, "seed": 0, "notes": ["é"]}
 
@@ -224,7 +230,7 @@ def test_published_weights_become_a_denoiser_of_complex_images(tmp_path, mri):
     network, state = mri
     path = tmp_path / "fmri_img256.pt"
     torch.save(OrderedDict(state), path)
-    denoiser = load_published(path, in_channels=2)
+    denoiser = load_published(path, head_channels=64, in_channels=2)
     assert denoiser.schedule == VPSchedule() and not denoiser.training
     image = torch.complex(*torch.randn(2, 3, 1, 14, 9, generator=torch.Generator().manual_seed(0)))
     sigma = VPSchedule().sigmas[torch.tensor([0, 300, 999])].reshape(3, 1, 1, 1)
@@ -235,13 +241,13 @@ def test_published_weights_become_a_denoiser_of_complex_images(tmp_path, mri):
     expected = image - sigma.float() * torch.complex(eps[:, :1], eps[:, 1:])
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-3)
     with pytest.raises(InputError, match=r"fmri_img256\.pt: the weights are for 2 real channels, not 3"):
-        load_published(path, in_channels=3)
+        load_published(path, in_channels=3)  # whatever its heads
 
 
 def test_published_weights_of_photographs_take_real_images(tmp_path):
     network, state = tiny(3, scale_shift_norm=False, resblock_updown=False)
     torch.save(state, tmp_path / "faces.pt")
-    denoiser = load_published(tmp_path / "faces.pt")
+    denoiser = load_published(tmp_path / "faces.pt", head_channels=64)
     image = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         out = denoiser.denoise(image, float(VPSchedule().sigmas[500]))
@@ -268,7 +274,7 @@ def test_wrappings_of_the_same_weights_are_seen_through(tmp_path, mri, nest):
             "half": {name: w.half() for name, w in state.items()},
         }.get(nest) or {nest + name: w for name, w in state.items()}
         torch.save(content, path)
-    loaded = load_published(path).network.network.state_dict()
+    loaded = load_published(path, head_channels=64).network.network.state_dict()
     tolerance = 1e-3 if nest == "half" else 0
     for name, w in network.state_dict().items():
         torch.testing.assert_close(loaded[name], w, rtol=tolerance, atol=tolerance)
@@ -287,7 +293,9 @@ def test_conversion_keeps_the_function_and_says_what_it_is(tmp_path):
     image = torch.complex(*torch.randn(2, 1, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
     with torch.no_grad():
         assert torch.equal(denoiser.denoise(image, 0.5), load_published(source, n_heads=2).denoise(image, 0.5))
-        assert not torch.allclose(denoiser.denoise(image, 9.0), load_published(source).denoise(image, 9.0))
+        assert not torch.allclose(
+            denoiser.denoise(image, 9.0), load_published(source, head_channels=64).denoise(image, 9.0)
+        )
     with pytest.raises(InputError, match="exists already"):
         convert_published(source, out)
     assert convert_published(source, out, n_heads=2, overwrite=True) == header
@@ -295,7 +303,62 @@ def test_conversion_keeps_the_function_and_says_what_it_is(tmp_path):
 
 def test_loaded_weights_can_be_trained_on(tmp_path, mri):
     torch.save(mri[1], tmp_path / "weights.pt")
-    denoiser = load_published(tmp_path / "weights.pt").train()
+    denoiser = load_published(tmp_path / "weights.pt", head_channels=64).train()
     image = torch.complex(*torch.randn(2, 1, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
     denoiser.denoise(image, 1.0).abs().square().sum().backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in denoiser.parameters())
+
+
+def golden():
+    """The reference's network: its weights, which are a function of their names, input, time, output, head width."""
+    file = np.load(REFERENCE / "adm_unet_golden.npz")
+    rng, state, shapes = np.random.RandomState(int(file["seed"])), {}, json.loads(str(file["shapes"]))
+    for name in sorted(shapes):
+        w = rng.standard_normal(shapes[name]).astype(np.float32)
+        w = w / np.sqrt(np.prod(w.shape[1:])) if w.ndim > 1 else 0.1 * w + float(name.endswith("weight"))
+        state[name] = torch.from_numpy(w.astype(np.float32))
+    width = json.loads(str(file["config"]))["num_head_channels"]
+    return state, *(torch.from_numpy(file[name]) for name in "xty"), width
+
+
+@needs_reference
+def test_the_golden_network_is_reproduced_from_its_file(tmp_path):
+    state, x, t, y, width = golden()
+    torch.save({"ema": state}, tmp_path / "golden.pt")
+
+    def error(**options):
+        prior = load_prior(tmp_path / "golden.pt", **options).network
+        with torch.no_grad():
+            return float((getattr(prior, "network", prior)(x, t) - y).abs().max())
+
+    assert error(head_channels=width) < 1e-4
+    assert error(head_channels=64) > 0.1  # another width fits the same tensors, and is wrong
+    with pytest.warns(InputWarning, match=r"golden\.pt .*how wide its attention heads are.*give head_channels="):
+        assert error() > 0.1
+
+
+def test_heads_that_no_shape_tells_are_warned_of(tmp_path, mri):
+    path, out = tmp_path / "weights.pt", tmp_path / "out.safetensors"
+    torch.save(mri[1], path)
+    for load in (load_published, load_prior, lambda source: convert_published(source, out)):
+        with pytest.warns(InputWarning, match="attention heads") as caught:
+            load(path)
+        assert len(caught) == 1 and "\n" not in str(caught[0].message)
+        assert all(part in str(caught[0].message) for part in (str(path), "head_channels=", "--head-channels"))
+    out.unlink()
+    assert load_prior(path, head_channels=64).network.network.config == mri[0].config
+    assert load_prior(path, n_heads=1).network.network.config.n_heads == 1
+    convert_published(path, out, head_channels=32)
+    assert load_prior(out).network.network.config.head_channels == 32  # a converted file knows
+
+
+@needs_reference
+@pytest.mark.parametrize(("file", "config"), [("fastmri256", COMPLEX_256), ("ffhq128", COLOUR_128)])
+def test_heads_of_the_published_networks_are_known(tmp_path, file, config):
+    shapes = json.loads((REFERENCE / f"published_checkpoint_{file}_keys.json").read_text())
+    torch.save({name: torch.zeros(1).expand(shape) for name, shape in shapes.items()}, tmp_path / "published.pt")
+    network = load_prior(tmp_path / "published.pt").network
+    assert (network.network if config.in_channels == 2 else network).config == config
+    if config is COLOUR_128:
+        narrow = load_prior(tmp_path / "published.pt", head_channels=32).network
+        assert narrow.config.head_channels == 32
