@@ -9,6 +9,7 @@ from msmri.cli.coils import coils
 from msmri.cli.convert import convert_weights
 from msmri.cli.demo import demo
 from msmri.cli.diagnose import diagnose
+from msmri.cli.distance import distance
 from msmri.cli.evaluate import evaluate
 from msmri.cli.info import info
 from msmri.cli.mask import mask
@@ -25,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, recon, sample, restore, train, coils, mask, evaluate, info, diagnose, convert_weights):
+for command in (demo, recon, sample, restore, train, coils, mask, evaluate, distance, info, diagnose, convert_weights):
     app.command()(command)
 
 
