@@ -143,7 +143,7 @@ class _Learned(ABC):
         if not bool(torch.isfinite(values.abs()).all()):
             raise InputError("k-space holds NaN or infinite values, or nothing at all", path=where)
         given = torch.as_tensor(measurement.noise_std).expand(len(measurement.values), 1, 1, 1)[index]
-        noise = float(given / scale.cpu())
+        noise = float(given.cpu() / scale.cpu())
         if noise == 0 and measurement.full_scale is None:  # as k-space tells its noise
             noise = float(estimate_noise_std(values, mask))
         done, full = encoding.factored()

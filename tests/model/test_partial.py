@@ -123,6 +123,18 @@ def test_equals_the_closed_form_gaussian_posterior(shape, sets, tau, map_error):
     close(got.flatten(), mean, 1e-6)
 
 
+def test_maps_are_taken_to_be_half_a_percent_wrong():
+    """One even coil and all lines: the posterior mean is ``v / (v + sigma^2 + (0.005)^2 v)`` of each place."""
+    model = MeasurementPartial(Zeros(), SPECTRUM, wiener_iterations=200, consistency_iterations=0).double()
+    coils = CoilFourier(torch.ones(1, 1, 1, 9, 12, dtype=torch.complex128))
+    mask, sigma = torch.ones(1, 1, 1, 12, dtype=torch.bool), torch.full((1, 1, 1, 1), 1e-3, dtype=torch.float64)
+    state = coils(prior_sample(model, (9, 12))).detach()
+    with torch.no_grad():
+        variance, got = model.scan_variance(state, mask, sigma), model(state, mask, coils, sigma)
+    left = (state / got - 1).real
+    torch.testing.assert_close(left, 0.005**2 + sigma.square() / variance, rtol=1e-4, atol=0)
+
+
 def test_consistency_solves_its_own_equation():
     shape = (7, 10)
     model = partial(Mixing(), consistency=100)

@@ -316,6 +316,20 @@ def test_blind_spots_are_found_and_refused():
         require_coverage(PoissonDisc(3.0, centre_lines=4, crop_corners=True), (16, 18))
 
 
+class Rare(RandomLines):
+    """Takes all columns, but says that those outside the centre come once in ``acceleration`` masks."""
+
+    def draw(self, shape, rng):
+        return torch.ones(1, 1, shape[1], dtype=torch.bool)
+
+
+def test_blind_is_what_is_met_less_than_once_in_a_million_masks():
+    for rate, blind in ((5e3, False), (0.9e6, False), (1.1e6, True)):
+        law = Rare(rate, centre_lines=4)
+        assert int(blind_spots(law, (6, 20)).sum()) == 16 * blind
+        assert int(covering(law, (6, 20), 1, rng()).sum()) == 20 - 16 * blind  # no card of the deck
+
+
 # covering masks
 
 
