@@ -5,7 +5,7 @@ And the memory of CG-SENSE on a large file.
 All that is compared runs side by side in one run, in turn, and medians and ratios of medians are told: seconds alone
 say more about the machine than about the program.
 
-    python benchmarks/how_fast_is_a_step.py [--quick] [--only sampling,espirit,sense,memory]
+    python benchmarks/how_fast_is_a_step.py [--quick] [--only sampling,espirit,sense,memory,allocation]
 """
 
 import argparse
@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from msmri.allocation import keep_freed_memory
 from msmri.io.output import environment
 from msmri.measurement import Measurement
 from msmri.methods.msm import MSM
@@ -277,11 +278,33 @@ def memory(quick: bool) -> list[dict[str, Any]]:
     return [row(what, peak, size, "< 2", peak < 2e9, ratio=peak / 1e9, file_bytes=size, seconds=seconds)]
 
 
+def allocation(quick: bool) -> list[dict[str, Any]]:
+    """Compare a reconstruction whose freed memory is given back, as by default, with the command line, which keeps it."""
+    root = Path(__file__).parents[1]
+    paths = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    own = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    asked = ["recon", str(root / "msmri" / "data" / "demo_brain.h5"), "--mask", "random-lines", "-R", "4"]
+    asked += ["--method", "cg-sense"] if quick else ["--method", "msm"]
+    starts = {"kept": ["-m", "msmri.cli"], "given back": ["-c", "from msmri.cli import app; app()"]}
+    with tempfile.TemporaryDirectory() as folder:
+
+        def start(name: str) -> None:
+            out = tempfile.mkdtemp(dir=folder)
+            command = [sys.executable, *starts[name], *asked, "-o", f"{out}/out"]
+            subprocess.run(command, env={**own, "PYTHONPATH": paths}, check=True, capture_output=True)
+
+        seconds = medians({name: lambda name=name: start(name) for name in starts}, repeats=1 if quick else 3)  # type: ignore[misc]
+    ratio = seconds["given back"] / seconds["kept"]
+    what = "msmri recon of the demo scan, start of Python included: seconds with freed memory given back / kept"
+    return [row(what, seconds["kept"], seconds["given back"], "", None, ratio=ratio)]
+
+
 PARTS: Mapping[str, Callable[[bool], list[dict[str, Any]]]] = {
     "sampling": sampling,
     "espirit": espirit_maps,
     "sense": sense,
     "memory": memory,
+    "allocation": allocation,
 }
 
 
@@ -317,6 +340,7 @@ def main() -> None:
     chosen = arguments.only.split(",")
     if unknown := [name for name in chosen if name not in PARTS]:
         parser.error(f"there is no part {', '.join(unknown)}; choose from {', '.join(PARTS)}")
+    kept = keep_freed_memory()  # as the command line does, for ours and for what it is compared with
     rows = []
     for name in chosen:
         print(f"{name} ...", file=sys.stderr, flush=True)
@@ -331,6 +355,7 @@ def main() -> None:
         "versions": versions(),
         "processor": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
+        "freed_memory_kept": kept,
         "load_at_end": os.getloadavg()[0],
         "rows": rows,
     }

@@ -45,6 +45,66 @@ def step_seed(seed: int, step: int) -> int:
     return (seed * 0x9E3779B1 + step) % 2**32  # 2^32 over the golden ratio: runs begin far from one another
 
 
+def prepare(recipe: dict[str, Any]) -> tuple[TrainSettings, Any, Any, nn.Module]:
+    """Build what a recipe names: settings, data, loss, and the model as it is before the first step.
+
+    Raises
+    ------
+    InputError
+        If the recipe is incomplete, or names what is not there.
+    """
+    missing = {"data", "model", "loss"} - set(recipe)
+    if missing:
+        raise InputError(f"the recipe lacks {', '.join(sorted(missing))}", mend="see recipes/ for complete ones")
+    given = recipe.get("train") or {}
+    unknown = set(given) - {f.name for f in fields(TrainSettings)}
+    if unknown:
+        raise InputError(
+            f"unknown train settings: {', '.join(sorted(unknown))}",
+            mend=f"known: {', '.join(f.name for f in fields(TrainSettings))}",
+        )
+    settings = TrainSettings(**given)
+    data, loss = build(recipe["data"]), build(recipe["loss"])
+    with torch.random.fork_rng(devices=[]):
+        torch.random.manual_seed(settings.seed)  # initial weights only; the caller's generator is untouched
+        model: nn.Module = build(recipe["model"])
+    return settings, data, loss, model
+
+
+def rehearse(recipe: dict[str, Any]) -> str:
+    """Do what a run begins with, and tell in a line what it would train on; nothing is written.
+
+    Builds every part of the recipe, reads the weights to start from, and draws the smallest batch of the first step,
+    for which one scan, or the photographs, are read and checked as in training.
+
+    Raises
+    ------
+    InputError
+        As :func:`train` would, as far as one batch tells.
+    """
+    settings, data, _, model = prepare(recipe)
+    if "start" in recipe:
+        _load(model, recipe["start"])
+    batch = data.batch(Generator().manual_seed(step_seed(settings.seed, 0)), pixels=1)
+    coils, *matrix = batch.values.shape[1:]
+    size = sum(weight.numel() for weight in model.parameters()) / 1e6
+    return (
+        f"{len(data)} scans or photographs; {batch.source[0]} is read: {coils} channels of "
+        f"{' x '.join(map(str, matrix))}, {float(1 / batch.acceleration[0]):.0%} measured; "
+        f"a model of {size:.2f} M parameters, {settings.steps} steps"
+    )
+
+
+def _load(model: nn.Module, path: str | Path) -> None:
+    """Give a model the weights of a file."""
+    tensors, _ = load_checkpoint(path)
+    try:
+        model.load_state_dict({name: value.float() for name, value in tensors.items()})
+    except RuntimeError as error:
+        mend = "start from weights of the same model"
+        raise InputError("the weights do not fit the model", mend=mend, path=path) from error
+
+
 class Record(NamedTuple):
     """What happened in one step."""
 
@@ -74,24 +134,10 @@ def train(recipe: dict[str, Any], run: str | Path, *, device: str = "cpu", resum
     InputError
         If the recipe is incomplete, or ``run`` holds a run of another recipe.
     """
-    missing = {"data", "model", "loss"} - set(recipe)
-    if missing:
-        raise InputError(f"the recipe lacks {', '.join(sorted(missing))}", mend="see recipes/ for complete ones")
-    given = recipe.get("train") or {}
-    unknown = set(given) - {f.name for f in fields(TrainSettings)}
-    if unknown:
-        raise InputError(
-            f"unknown train settings: {', '.join(sorted(unknown))}",
-            mend=f"known: {', '.join(f.name for f in fields(TrainSettings))}",
-        )
-    settings = TrainSettings(**given)
+    settings, data, loss, model = prepare(recipe)
     run = Path(run)
     run.mkdir(parents=True, exist_ok=True)
     state_file = run / "state.pt"
-    data, loss = build(recipe["data"]), build(recipe["loss"])
-    with torch.random.fork_rng(devices=[]):
-        torch.random.manual_seed(settings.seed)  # initial weights only; the caller's generator is untouched
-        model: nn.Module = build(recipe["model"])
     model.to(device)
     optimiser = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
     first, history, spent = 0, [], 0.0
@@ -111,12 +157,7 @@ def train(recipe: dict[str, Any], run: str | Path, *, device: str = "cpu", resum
         if isinstance(spectrum, Tensor):
             spectrum.copy_(data.spectrum(Generator().manual_seed(settings.seed)).to(device))
         if "start" in recipe:
-            tensors, _ = load_checkpoint(recipe["start"])
-            try:
-                model.load_state_dict({name: value.float() for name, value in tensors.items()})
-            except RuntimeError as error:
-                mend = "start from weights of the same model"
-                raise InputError("the weights do not fit the model", mend=mend, path=recipe["start"]) from error
+            _load(model, recipe["start"])
         averaged = copy.deepcopy(model)
     averaged.requires_grad_(False)
     begun, spent = time.monotonic(), spent - time.process_time()

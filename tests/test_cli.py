@@ -673,8 +673,12 @@ def test_train_hands_over_the_recipe(tmp_path, monkeypatch):
     seen["stop"] = 3
     result = invoke("train", recipe, tmp_path / "run", *more, "--no-resume", code=130)
     assert not seen["resume"] and "at step 2 of 4" in result.stderr
+    monkeypatch.setattr(msmri.train, "rehearse", lambda recipe: f"would train with {recipe['train']['lr']}")
     result = invoke("train", recipe, tmp_path / "run", *more, "--dry-run")
-    assert "lr: 0.0002" in result.stdout
+    assert "lr: 0.0002" in result.stdout and "would train with 0.0002" in result.stdout
+    seen.pop("stop")
+    invoke("train", recipe, tmp_path / "run", *more, "--seed", "7")
+    assert seen["recipe"] == {"train": {"lr": 2e-4, "steps": 4, "seed": 7}}
     assert str(recipe) in errors(invoke("train", recipe, tmp_path / "run", "--set", "trian.lr=1", code=2))[0]
 
 

@@ -13,7 +13,7 @@ from msmri.measurement import Measurement
 from msmri.model.checkpoint import load_checkpoint, save_checkpoint
 from msmri.model.prior import load_prior
 from msmri.testing import phantom_measurement
-from msmri.train import TrainSettings, _rate, step_seed, train
+from msmri.train import TrainSettings, _rate, rehearse, step_seed, train
 
 
 @pytest.fixture(scope="module")
@@ -292,6 +292,28 @@ def test_refuses_an_incomplete_recipe(recipe, tmp_path, part):
     with pytest.raises(InputError, match=f"the recipe lacks {part}"):
         next(train(recipe, tmp_path / "new"))
     assert not (tmp_path / "new").exists()
+
+
+def test_a_rehearsal_tells_what_a_run_would_train_on(recipe, tmp_path):
+    told = rehearse(recipe)
+    (first,) = (name for name in ("s0", "s1") if name in told)
+    size = "32 x 24" if first == "s0" else "27 x 32"
+    assert told.startswith("2 scans") and f"3 channels of {size}" in told and "6 steps" in told
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_rehearsal_finds_what_would_stop_a_run(recipe, scans, tmp_path):
+    full = phantom_measurement((24, 24), coils=2)
+    write_scan(tmp_path / "full.h5", full.encoding(full.target[:, None].to(torch.complex64)))
+    for change, message in [
+        ({"data": {**recipe["data"], "path": str(tmp_path / "none")}}, "none"),
+        ({"data": {**recipe["data"], "path": str(tmp_path / "full.h5")}}, "full.h5"),
+        ({"model": {**recipe["model"], "cascade": 2}}, "cascade"),
+        ({"start": str(tmp_path / "full.h5")}, "full.h5"),
+        ({"train": {"step": 3}}, "step"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            rehearse(recipe | change)
 
 
 def test_starts_from_given_weights(recipe, tmp_path):

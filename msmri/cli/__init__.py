@@ -5,6 +5,7 @@ import sys
 import typer
 
 from msmri import __version__
+from msmri.allocation import keep_freed_memory
 from msmri.cli.coils import coils
 from msmri.cli.convert import convert_weights
 from msmri.cli.demo import demo
@@ -45,6 +46,7 @@ def options(
 
 def main() -> None:
     """Run the command line; exit code 0 is success, 1 a defect, 2 a mistake to mend, 130 an interruption (Ctrl-C)."""
+    keep_freed_memory()
     try:
         app()
     except KeyboardInterrupt:  # before or after the command itself

@@ -16,6 +16,9 @@ def train(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Change a value of the recipe: train.lr=1e-4; repeatable.")
     ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of initial weights, batches and noise: short for --set train.seed=...")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from the last saved state.")] = True,
     device: common.Device = "auto",
     dry_run: common.DryRun = False,
@@ -27,10 +30,15 @@ def train(
 
     resolved = load_recipe(recipe, settings or [])
     require_command(resolved, "train", recipe)
+    if seed is not None:
+        resolved["train"] = {**(resolved.get("train") or {}), "seed": seed}
     if dry_run:
         import yaml
 
+        from msmri.train import rehearse
+
         typer.echo(yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).rstrip())
+        typer.echo(f"# {rehearse(resolved)}")
         return
     from msmri.train import train as steps
 

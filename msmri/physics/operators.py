@@ -11,6 +11,14 @@ from torch import Tensor
 from msmri.physics.fourier import centring_phase
 from msmri.tensors import Image, KSpace, Maps, Mask
 
+_CACHED = 2**20  # places of k-space, 8 MB in single precision
+
+
+def _scaled(made: Tensor, factor: Tensor) -> Tensor:
+    """Multiply what nobody else holds: in place where it fits, since new memory costs as much as the product."""
+    fits = torch.broadcast_shapes(made.shape, factor.shape) == made.shape
+    return made.mul_(factor) if fits and torch.result_type(made, factor) == made.dtype else made * factor
+
 
 class LinearOperator(ABC):
     """A complex-linear map between tensors; a new mask or new maps make a new operator."""
@@ -165,32 +173,52 @@ class CoilFourier(LinearOperator):
         """The number of sets of maps, which is the number of channels of the image."""
         return self.maps.shape[-4]
 
-    def _transform(self, x: Image) -> Tensor:
+    def _check(self, x: Image) -> None:
         if x.shape[-3] != self.n_sets or x.shape[-2:] != self.maps.shape[-2:]:
             raise ValueError(f"image {tuple(x.shape)} does not fit maps {tuple(self.maps.shape)}")
-        x = torch.fft.ifftshift(x, dim=(-2, -1))
-        coils = self._shifted_maps[..., 0, :, :, :] * x[..., :1, :, :]
-        for number in range(1, self.n_sets):  # not a matrix product, whose rounding would depend on the batch
-            coils = coils + self._shifted_maps[..., number, :, :, :] * x[..., number : number + 1, :, :]
-        return torch.fft.fft2(coils, norm="ortho")
 
-    def _combine(self, y: Tensor) -> Image:
-        coils = torch.fft.ifft2(y, norm="ortho")
-        sets = [(self._conjugate_maps[..., s, :, :, :] * coils).sum(-3, keepdim=True) for s in range(self.n_sets)]
-        image = sets[0] if self.n_sets == 1 else torch.cat(sets, dim=-3)
-        return torch.fft.fftshift(image, dim=(-2, -1))
+    def _groups(self, x: Tensor) -> list[slice]:
+        """Give the coils in groups: on a CPU so many together that what is made of them stays in its cache."""
+        coils, places = self.maps.shape[-3], max(self.maps[..., 0, 0, :, :].numel(), x[..., 0, :, :].numel(), 1)
+        together = max(1, _CACHED // places) if x.device.type == "cpu" else coils
+        return [slice(first, min(first + together, coils)) for first in range(0, coils, together)]
+
+    def _transform(self, shifted: Image, coils: slice) -> KSpace:
+        """Encode an image whose centre is at its first place, as seen by some coils."""
+        seen = self._shifted_maps[..., 0, coils, :, :] * shifted[..., :1, :, :]
+        for number in range(1, self.n_sets):  # not a matrix product, whose rounding would depend on the batch
+            seen = seen + self._shifted_maps[..., number, coils, :, :] * shifted[..., number : number + 1, :, :]
+        return torch.fft.fft2(seen, norm="ortho")
+
+    def _combine(self, y: KSpace, coils: slice) -> Image:
+        """Combine k-space of some coils into an image whose centre is at its first place."""
+        images = torch.fft.ifft2(y, norm="ortho")
+        maps = self._conjugate_maps[..., coils, :, :]
+        if self.n_sets == 1:
+            return _scaled(images, maps[..., 0, :, :, :]).sum(-3, keepdim=True)
+        return torch.cat([(maps[..., s, :, :, :] * images).sum(-3, keepdim=True) for s in range(self.n_sets)], dim=-3)
 
     def __call__(self, x: Image) -> KSpace:
         """Encode an image (*batch, set, y, x) as k-space (*batch, coil, ky, kx)."""
-        return self._transform(x)
+        self._check(x)
+        return self._transform(torch.fft.ifftshift(x, dim=(-2, -1)), slice(None))
 
     def adjoint(self, y: KSpace) -> Image:
         """Combine k-space (*batch, coil, ky, kx) into an image (*batch, set, y, x)."""
-        return self._combine(y)
+        return torch.fft.fftshift(self._combine(y, slice(None)), dim=(-2, -1))
 
     def weighted_normal(self, x: Image, weight: Tensor) -> Image:
-        """Apply adjoint(weight * forward), on the transform as it comes."""
-        return self._combine(self._transform(x) * weight)
+        """Apply adjoint(weight * forward), on the transform as it comes: k-space of all coils is never held."""
+        self._check(x)
+        shifted = torch.fft.ifftshift(x, dim=(-2, -1))
+        by_coil = weight.ndim > 2 and weight.shape[-3] > 1
+        image: Tensor | None = None
+        for coils in self._groups(x):
+            own = weight[..., coils, :, :] if by_coil else weight
+            part = self._combine(_scaled(self._transform(shifted, coils), own), coils)
+            image = part if image is None else image + part
+        assert image is not None
+        return torch.fft.fftshift(image, dim=(-2, -1))
 
     def kspace_weight(self, weight: Tensor) -> Tensor:
         """Give the diagonal (*batch, 1, ky, kx) of ``F E^H weight E F^H``, the same for all sets together.

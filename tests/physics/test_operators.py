@@ -156,6 +156,47 @@ def test_maps_broadcast_over_a_batch_of_images():
     assert torch.allclose(encoding(image), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("sets", [1, 2])
+@pytest.mark.parametrize("weight", [(), (1, 1, 9), (3, 1, 1, 9), (3, 1, 7, 9), (3, 5, 7, 9), (5, 7, 9)])
+@pytest.mark.parametrize("together", [1, 2, 4, 5])
+def test_coils_in_groups_are_all_coils(monkeypatch, together, weight, sets):
+    encoding, image = CoilFourier(field(1, sets, 5, 7, 9)), field(3, sets, 7, 9, seed=1)
+    values = torch.rand(weight, generator=torch.Generator().manual_seed(2))
+    monkeypatch.setattr("msmri.physics.operators._CACHED", together * 3 * 7 * 9)
+    assert len(encoding._groups(image)) == -(-5 // together)
+    kept = image.clone()
+    found = encoding.weighted_normal(image, values)
+    assert torch.equal(image, kept)
+    torch.testing.assert_close(found, encoding.adjoint(values * encoding(image)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weight", [(4, 1, 1, 9), (1, 1, 1, 9)])
+def test_a_weight_may_have_a_batch_that_the_image_has_not(weight):
+    encoding, image = CoilFourier(field(1, 1, 5, 7, 9)), field(1, 1, 7, 9, seed=1)
+    values = torch.rand(weight, generator=torch.Generator().manual_seed(2))
+    expected = encoding.adjoint(values * encoding(image))
+    torch.testing.assert_close(encoding.weighted_normal(image, values), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_more_precise_of_kspace_and_maps_decides():
+    encoding = CoilFourier(field(1, 1, 3, 6, 7, dtype=torch.complex128))
+    assert encoding.adjoint(field(1, 3, 6, 7)).dtype == torch.complex128
+    assert CoilFourier(encoding.maps.to(torch.complex64)).adjoint(field(1, 3, 6, 7)).dtype == torch.complex64
+
+
+def test_maps_and_weights_have_gradients():
+    maps, image, weight = (
+        field(1, 2, 4, 5, dtype=torch.complex128),
+        field(1, 4, 5, dtype=torch.complex128),
+        torch.rand(4, 5),
+    )
+    maps, image, weight = (x.detach().requires_grad_() for x in (maps, image, weight.double()))
+    assert torch.autograd.gradcheck(lambda m, x, w: CoilFourier(m).weighted_normal(x, w), (maps, image, weight))
+    assert torch.autograd.gradcheck(
+        lambda m, y: CoilFourier(m).adjoint(y), (maps, field(2, 4, 5, dtype=torch.complex128))
+    )
+
+
 def test_wrong_shapes_are_refused():
     with pytest.raises(ValueError, match="maps must be complex"):
         CoilFourier(torch.ones(1, 2, 4, 4))
@@ -169,7 +210,7 @@ def test_wrong_shapes_are_refused():
 
 class WrongAdjoint(CoilFourier):
     def adjoint(self, y):
-        return torch.roll(self._combine(y), 1, -1)
+        return torch.roll(super().adjoint(y), 1, -1)
 
 
 class WrongConjugate(CoilFourier):
