@@ -55,6 +55,7 @@ RESTORATION: Mapping[str, Any] = {
     "likelihood": "proximal",
     "data_weight": "noise",
     "signal_std": 0.5,
+    "iterations": 10,  # little noise and other operators: farther from the end
     "relaxation": 1.75,
     "samples": 4,
 }
@@ -99,7 +100,7 @@ class MSM(FromPrior):
     # "noise": mu = noise_std^2 (1 / sigma^2 + 1 / signal_std^2); None: 2 of "gradient", 3 of "proximal", and if masks
     # hold the measured lines at most (0.03 / noise_std)^2, as the prior then estimates them better than they are
     signal_std: float = float("inf")  # of what a prior knows beforehand, in "noise": exact for a white Gaussian of that
-    iterations: int = 10  # conjugate-gradient steps of "proximal"
+    iterations: int = 6  # conjugate-gradient steps of "proximal", which begin near the end
     relaxation: float = 1.0  # share of the way to its solution; above 1 past it, as "gradient" goes with such a gamma
     project: bool = False  # remove from each estimate what no image can produce; "proximal" always does
     eta: float = 1.0  # share of fresh noise a step, 0 .. 1

@@ -16,7 +16,7 @@ _CACHED = 2**20  # places of k-space, 8 MB in single precision
 
 def _scaled(made: Tensor, factor: Tensor) -> Tensor:
     """Multiply what nobody else holds: in place where it fits, since new memory costs as much as the product."""
-    fits = torch.broadcast_shapes(made.shape, factor.shape) == made.shape
+    fits = factor.ndim <= made.ndim and all(n in (1, m) for n, m in zip(factor.shape[::-1], made.shape[::-1]))
     return made.mul_(factor) if fits and torch.result_type(made, factor) == made.dtype else made * factor
 
 

@@ -500,7 +500,7 @@ def test_likelihoods_and_their_default_weights():
 
     (step,) = method.iterate(measurement, generators(0, 1))
     plain = torch.where(masks[-1], torch.ones_like(values), 0)
-    expected, _ = proximal(plain, values, measured, measurement.encoding, weight=1 / 3, iterations=10)
+    expected, _ = proximal(plain, values, measured, measurement.encoding, weight=1 / 3, iterations=6)
     torch.testing.assert_close(step.estimate, expected, rtol=1e-4, atol=1e-5)
 
     (step,) = replace(method, likelihood="none", project=True).iterate(measurement, generators(0, 1))
