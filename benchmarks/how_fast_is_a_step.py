@@ -279,7 +279,7 @@ def memory(quick: bool) -> list[dict[str, Any]]:
 
 
 def allocation(quick: bool) -> list[dict[str, Any]]:
-    """Compare a reconstruction whose freed memory is given back, as by default, with the command line, which keeps it."""
+    """Compare a reconstruction whose freed memory is given back with the command line, which keeps it."""
     root = Path(__file__).parents[1]
     paths = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
     own = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}

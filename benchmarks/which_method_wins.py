@@ -4,7 +4,8 @@
 
 All scans are fully sampled and undersampled here. What a method has to be told (a weight, a step towards the data) is
 tuned on the validation scans, never on those reported. Every finished row is kept beside the result, and the same
-command goes on where it was stopped. A learned method without weights is left out, and the page says so.
+command goes on where it was stopped; without what was kept, from the published result. A learned method without
+weights is left out, and the page says so.
 --quick is a small version for continuous integration: it uses the demo scan and needs no other data.
 Writes results/which_method_wins.{json,csv}, figures, and with --markdown a page.
 """
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
+from msmri.allocation import keep_freed_memory
 from msmri.distances import lpips
 from msmri.errors import InputError
 from msmri.io.fastmri import list_scans
@@ -59,19 +61,20 @@ class Entry:
     option: str = "weights"  # the field that takes the weights
     scans: int | None = None  # at most so many of each group: slow methods
     accelerations: tuple[float, ...] | None = None  # only these: slow methods
+    elsewhere: int = 0  # at most so many scans of each group at the other accelerations
     largest: int | None = None  # only matrices up to this in either direction: very slow methods
     whole: bool = False  # is shown the scan before it was undersampled
 
 
 ADPS, ORACLE = "adps_r4.safetensors", "oracle.safetensors"
-SLOW = {"scans": 4, "accelerations": (4.0,)}  # a minute a slice
+SLOW: dict[str, Any] = {"scans": 4, "accelerations": (4.0,), "elsewhere": 2}  # half a minute a slice
+SLOWER: dict[str, Any] = {"scans": 2, "accelerations": (4.0,), "elsewhere": 1}
 # about the time of training that its rivals had, on the same scans: what is left of MSM's lead
 SHORT = "msm, shortly trained"
-# trained up to sigma 1, mostly; P~ is the mask of the scan but for a line or two, which did better on validation scans
-# than a random one as published
-AMBIENT = {"samples": 2, "steps": 60, "sigma_max": 1.0, "prior_mask": "scan", "further": FurtherLines(12.0)}
+# from where the levels of training end, P~ the mask of the scan but for a line or two: as the weights tell, see ADPS
+AMBIENT = {"samples": 2, "steps": 60}
 # with P~ drawn by the law of training, from the largest noise on
-PUBLISHED = {"samples": 2, "steps": 60}
+PUBLISHED = {**AMBIENT, "sigma_max": 10.0, "prior_mask": "law", "further": FurtherLines(4.0)}
 CEILING = "all lines measured"  # a perfect reconstruction: what maps and noise leave between it and the reference
 ENTRIES: dict[str, Entry] = {
     CEILING: Entry("zero-filled", EVERYTHING, whole=True),
@@ -82,25 +85,25 @@ ENTRIES: dict[str, Entry] = {
     "zs-ssdu": Entry("zs-ssdu", ITSELF, {"epochs": 20}, scans=1, accelerations=(4.0,), largest=160),
     "a-os": Entry("a-os", KSPACE, weights=ADPS),
     "a-ald": Entry("a-ald", KSPACE, AMBIENT, ADPS, **SLOW),
-    "a-dps": Entry("a-dps", KSPACE, AMBIENT, ADPS, scans=4, accelerations=(4.0, 6.0)),
-    "a-dps, published sampler": Entry("a-dps", KSPACE, PUBLISHED, ADPS, scans=2, accelerations=(4.0,)),
+    "a-dps": Entry("a-dps", KSPACE, AMBIENT, ADPS, scans=4, accelerations=(4.0, 6.0), elsewhere=2),
+    "a-dps, published sampler": Entry("a-dps", KSPACE, PUBLISHED, ADPS, **SLOWER),
     "ssdu": Entry("ssdu", KSPACE, weights="ssdu_r4.safetensors"),
     "ssdu, multi-mask": Entry("ssdu", KSPACE, weights="ssdu_multi_r4.safetensors"),
     "ssdu, columns": Entry("ssdu", KSPACE, weights="ssdu_columns_r4.safetensors"),
+    "ssdu, columns, shortly trained": Entry("ssdu", KSPACE, weights="ssdu_columns_r4_short.safetensors"),
     "msm, paper's sampler": Entry(
         "msm",
         KSPACE,
         {"preset": "paper", "steps": 50, "samples": 2},
         "brain_r4.safetensors",
         option="prior",
-        scans=2,
-        accelerations=(4.0,),
+        **SLOWER,
     ),
     SHORT: Entry("msm", KSPACE, weights="brain_r4_short.safetensors", option="prior", accelerations=(4.0, 6.0)),
     "msm": Entry("msm", KSPACE, weights="brain_r4.safetensors", option="prior"),
     "supervised twin of ssdu": Entry("ssdu", CLEAN, weights="supervised_r4.safetensors"),
     "oracle ddnm": Entry("ddnm", CLEAN, {"samples": 2, "sigma_max": 3.0}, ORACLE, **SLOW),
-    "oracle diffpir": Entry("diffpir", CLEAN, {"samples": 2, "sigma_max": 3.0}, ORACLE, scans=2, accelerations=(4.0,)),
+    "oracle diffpir": Entry("diffpir", CLEAN, {"samples": 2, "sigma_max": 3.0}, ORACLE, **SLOWER),
     "oracle dps": Entry("dps", CLEAN, {"samples": 2, "steps": 60, "sigma_max": 3.0}, ORACLE, **SLOW),
 }
 QUICK: dict[str, dict[str, Any]] = {
@@ -282,13 +285,17 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     """Run, resume, and write the figures."""
+    keep_freed_memory()
     options = parse()
     given = dict(pair.split("=", 1) for pair in options.weights)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     kept = options.out.with_suffix(".rows.json")
     done: dict[str, dict[str, Any]] = {}
-    if kept.exists():
-        earlier = json.loads(kept.read_text())["rows"]
+    if (source := next((path for path in (kept, options.out) if path.exists()), None)) is not None:
+        earlier = json.loads(source.read_text())
+        if source != kept:
+            earlier["rows"] = dict(zip(earlier.get("keys", []), earlier["rows"])) | earlier.get("tuned_by_key", {})
+        earlier = earlier["rows"]
         forgotten = {True: options.tune_again, False: options.fresh}  # by whether it is a tuned value
         done = {key: value for key, value in earlier.items() if not forgotten["field" in value]}
     begun, computed = time.perf_counter(), {"rows": 0, "tuned": 0, "minutes of tuning": 0.0}
@@ -319,13 +326,15 @@ def main() -> None:
             return method  # MSM's settings are its defaults, chosen by which_sampling_choice_pays.py
         name = next(iter(method.tunable))
         at = f"R = {acceleration:g}" if view != "paper" else "R = 4 in the paper's conventions"
+        slow = ours or ENTRIES[label].accelerations is not None
+        if slow and view != "paper":
+            acceleration, at = 4.0, "R = 4"  # a minute a slice and step
         key = f"{label} at {at} | {fingerprint(method, path)} | {tuned_on}"
         if key not in done:
             started = time.perf_counter()
             if at not in validation:
                 setup = (options, view, acceleration if view != "paper" else 4.0, options.crop_to, options.slices[:1])
                 validation[at] = [one for p in scans for one, _ in prepared(p, *setup)]
-            slow = ours or ENTRIES[label].accelerations is not None
             best, _ = tune(
                 replace(method, samples=1) if slow else method,
                 validation[at][:2] if slow and not ours else validation[at],
@@ -339,7 +348,8 @@ def main() -> None:
         tuned[f"{label}, {name} at {at}"] = done[key]["value"]
         return replace(method, **{name: done[key]["value"]})
 
-    rows = []
+    rows: list[dict[str, Any]] = []
+    keys: list[str] = []  # what the rows depend on, by which a later run knows them
     for view in options.views:
         for group in ("real", "simulated") if view != "paper" else ("simulated",):
             counts: dict[tuple[str, float], int] = {}
@@ -349,8 +359,9 @@ def main() -> None:
                     if entry.largest is not None and max(one.mask.shape[-1], one.values.shape[-2]) > entry.largest:
                         continue
                     number = counts[label, acceleration] = counts.get((label, acceleration), 0) + 1
-                    limited = entry.accelerations is not None and acceleration not in entry.accelerations
-                    if limited or number > (entry.scans or number) or (view == "paper" and entry.accelerations):
+                    chief = entry.accelerations is None or acceleration in entry.accelerations
+                    most = (entry.scans or number) if chief else entry.elsewhere
+                    if number > most or (view == "paper" and entry.accelerations):
                         continue
                     method = method_for(label, view, acceleration)
                     state = fingerprint(method, chosen[label][1])
@@ -373,6 +384,7 @@ def main() -> None:
                         told = f"{label} {values['psnr']:.2f} dB, {values['seconds']:.1f} s"
                         print(f"{view}, {scan}, R {acceleration:g}: {told}", flush=True)
                     rows.append(done[key])
+                    keys.append(key)
                     if panel:
                         pictures.setdefault(group, (one, {}))[1][label] = torch.from_numpy(np.load(picture))
     effort_of = {label: effort(path) for label, (_, path) in chosen.items() if path is not None}
@@ -380,7 +392,8 @@ def main() -> None:
     record |= {"tuned": tuned, "weights_sha256": sums, "training": effort_of}
     minutes = (time.perf_counter() - begun) / 60
     record["this_run"] = {**computed, "minutes": minutes, "threads": torch.get_num_threads(), "of_rows": len(rows)}
-    write_manifest(options.out, record | {"rows": rows})
+    values = {key: value for key, value in done.items() if "field" in value}
+    write_manifest(options.out, record | {"rows": rows, "keys": keys, "tuned_by_key": values})
     write_csv(options.out.with_suffix(".csv"), rows)
     figures = draw(options.out, rows, pictures)
     text = page(record, rows, figures, options)
@@ -500,12 +513,15 @@ def draw(
     rows = [row for row in rows if row["view"] == "file units" and row["method"] != CEILING]
     for group in dict.fromkeys(row["group"] for row in rows):
         part = [row for row in rows if row["group"] == group]
+        scans = len({row["scan"] for row in part})
         series: dict[str, list[tuple[float, ...]]] = {}
         speed: dict[str, list[tuple[float, ...]]] = {}
         for label in dict.fromkeys(row["method"] for row in part):
             own = [row for row in part if row["method"] == label]
             for acceleration in sorted({row["nominal_R"] for row in own}):
                 here = [row for row in own if row["nominal_R"] == acceleration]
+                if len(here) < scans:  # means over other scans are no points of the same curve
+                    continue
                 series.setdefault(label, []).append((acceleration, float(np.mean([row["psnr"] for row in here]))))
                 if acceleration == 4.0:
                     seconds = max(float(np.mean([row["seconds"] for row in here])), 1e-3)
@@ -554,7 +570,7 @@ def page(record: dict[str, Any], rows: list[dict[str, Any]], figures: list[Path]
         "95 % bootstrap of the paired differences over scans; the images of a scan, at two sizes, count as one. NFE: "
         "network passes a sample. Error / std: root mean square error over the root mean square of the predicted "
         "spread. Peak MiB: growth of the process while it ran. A method that reports fewer scans is slow and was run "
-        "on the first ones only. "
+        "on the first ones only, with what was tuned at R = 4. "
         f"*{CEILING[0].upper()}{CEILING[1:]}* is the fully sampled scan combined by the same maps: what its PSNR lacks "
         "no reconstruction can be blamed for, being noise in the background of the reference and errors of maps.\n\n"
         f"{ran} {options.note}\n\n{left_out}## In words\n\n{verdicts}\n\n## Training\n\n{trained}\n\n## Means\n\n"

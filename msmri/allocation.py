@@ -13,8 +13,8 @@ def keep_freed_memory() -> bool:
     """Tell glibc to keep freed memory, so that a step does not ask the system for what the one before gave back.
 
     Tensors of some megabytes are freed and asked for again in every step of a sampler. By default glibc returns them to
-    the system, which then has to hand them out page by page, cleared: a third of the time of a reconstruction went there
-    (``benchmarks/how_fast_is_a_step.py``). Tensors of 32 MB and more are still given back, so that the most that a
+    the system, which then hands them out page by page, cleared; what that costs a reconstruction is measured in
+    ``benchmarks/how_fast_is_a_step.py``. Tensors of 32 MB and more are still given back, so that the most that a
     process needs hardly grows. Settings of one's own (``MALLOC_TRIM_THRESHOLD_``, ``MALLOC_MMAP_THRESHOLD_``) are left.
 
     The command line does this as it starts; a program that uses msmri as a library may, before its first tensor.

@@ -74,6 +74,19 @@ def test_a_second_run_takes_what_is_done(quick):
     assert f"0 of {rows} rows were computed in this run" in again.stdout
 
 
+def test_a_run_without_what_was_kept_goes_on_from_the_published_result(quick, tmp_path):
+    published = json.loads((quick[0] / "result.json").read_text())
+    chosen = ["cg-sense", "l1-wavelet"]
+    arguments = ["which_method_wins.py", "--quick", "--methods", *chosen, "--out", tmp_path / "result.json"]
+    (tmp_path / "result.json").write_text(json.dumps(published | {"tuned_by_key": {"tv | abc": {"field": "weight"}}}))
+    again = run(*arguments)
+    assert again.returncode == 0, again.stderr
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found["rows"] == [row for row in published["rows"] if row["method"] in chosen]
+    assert found["this_run"]["rows"] == 0
+    assert "tv | abc" in found["tuned_by_key"] and len(found["keys"]) == len(found["rows"])
+
+
 def test_a_fresh_run_forgets_rows_and_not_what_was_tuned(quick, tmp_path):
     kept = tmp_path / "result.rows.json"
     rows = json.loads((quick[0] / "result.rows.json").read_text())["rows"]

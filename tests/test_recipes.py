@@ -157,8 +157,8 @@ def invoke(*arguments, code=0):
 
 POSTERIOR = {"eta": 0.85, "schedule": "vp", "likelihood": "gradient", "start": "noise", "samples": 1, "steps": 2,
              "aggregate": "parallel", "include_measured": False}  # fmt: skip
-DPS = {"samples": 1, "steps": 2, "sigma_max": 10.0, "sigma_min": 0.004, "likelihood_step": 3.0}
-DDNM = {"samples": 1, "steps": 2, "sigma_max": 10.0, "sigma_min": 0.004, "eta": 0.85}
+DPS = {"samples": 1, "steps": 2, "sigma_max": None, "sigma_min": 0.004, "likelihood_step": 3.0}
+DDNM = {"samples": 1, "steps": 2, "sigma_max": None, "sigma_min": 0.004, "eta": 0.85}
 ORACLES = {"dps": DPS, "ddnm": DDNM}
 TOLD = {  # what the manifest must tell of the sampler, after two steps instead of 200
     "brain64_generate": {"masks_per_step": 8, "eta": 1.0, "covering": True, "schedule": None, "sigma_max": 30.0},

@@ -4,6 +4,7 @@ The first three see undersampled training data only and are the rivals of MSM; t
 them divide what was measured by ``measurement.working_scale()``; their noise levels and steps are in those units.
 """
 
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -34,6 +35,9 @@ from msmri.sampling.reverse import Step, reverse_diffusion
 from msmri.tensors import Image, KSpace, Mask, Rng, Sigma, normal_like, spawn
 
 AMBIENT, ORACLE = "adps_r4.safetensors", "oracle.safetensors"  # in msmri/weights
+HIGHEST = 10.0  # noise level from which samplers begin where nobody tells another one
+TRAINED = 1.75  # times the spread of the logarithm of the levels trained on: 96 % of them are below
+FEW = FurtherLines(12.0)  # a line or two of a scan
 NOISE_FLOOR = 1e-3  # least std of measured k-space, in scaled units
 
 
@@ -178,14 +182,15 @@ class _Sampler(_Learned):
     samples: int = 1  # drawn for each slice; their mean is the image, their std the uncertainty
     batch: int = 4  # samples that go through the network at once
     steps: int = 100  # noise levels
-    sigma_max: float = 10.0  # highest noise level
+    sigma_max: float | None = None  # highest noise level; None: where nearly all levels end that the weights were
+    # trained on, if they tell, else 10
     sigma_min: float = 0.004  # lowest noise level before 0
 
     def __post_init__(self) -> None:
         for field in ("samples", "batch", "steps"):
             if getattr(self, field) < 1:
                 raise InputError(f"{self.name} cannot use {field}={getattr(self, field)}", mend="give 1 or more")
-        if not 0 < self.sigma_min < self.sigma_max < float("inf"):
+        if not 0 < self.sigma_min < (HIGHEST if self.sigma_max is None else self.sigma_max) < float("inf"):
             raise InputError(
                 f"{self.name} cannot use sigma_min={self.sigma_min}, sigma_max={self.sigma_max}",
                 mend="give 0 < sigma_min < sigma_max",
@@ -199,13 +204,16 @@ class _Sampler(_Learned):
     def _draws(self) -> tuple[int, int]:
         return self.samples, self.batch
 
-    def _ladder(self) -> Tensor:
+    def _ladder(self, model: Any) -> Tensor:
         """Give the noise levels. Karras et al. 2022, eq. 5, rho 7."""
-        return schedule.karras(self.sigma_max, self.sigma_min, self.steps)
+        highest, told = self.sigma_max, getattr(model, "levels", None)
+        if highest is None:
+            highest = HIGHEST if told is None else max(math.exp(told[0] + TRAINED * told[1]), 2 * self.sigma_min)
+        return schedule.karras(highest, self.sigma_min, self.steps)
 
-    def _noise(self, one: Slice, rng: Rng) -> Image:
+    def _noise(self, one: Slice, ladder: Tensor, rng: Rng) -> Image:
         """Draw images of pure noise at the highest level."""
-        return self.sigma_max * normal_like(one.blank().expand(len(rng), -1, -1, -1), rng)
+        return float(ladder[0]) * normal_like(one.blank().expand(len(rng), -1, -1, -1), rng)
 
 
 @dataclass(frozen=True)
@@ -222,9 +230,10 @@ class ADPS(_Sampler):
     law: MaskLaw | None = None  # of the masks of the training data; None: what the weights tell, else random lines of
     # that acceleration
     further: FurtherMask | None = None  # what training took away from them; None: what the weights tell, else
-    # ``FurtherLines`` of that acceleration
-    prior_mask: Literal["law", "scan"] = "law"  # where P~ comes from: that law, as published, or the mask of the scan
-    # with further lines taken away, so that the network is shown lines that the data tell. Not for degraded data
+    # ``FurtherLines`` of that acceleration; from the mask of the scan a line or two
+    prior_mask: Literal["law", "scan"] | None = None  # where P~ comes from: that law, as published, or the mask of the
+    # scan with further lines taken away, so that the network is shown lines that the data tell, which degraded data do
+    # not; None: "scan" if the weights tell that training took away any number of lines, else "law"
 
     name: ClassVar[str] = "a-dps"
     reference: ClassVar[str] = AALI
@@ -235,7 +244,7 @@ class ADPS(_Sampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.prior_mask not in ("law", "scan"):
+        if self.prior_mask not in ("law", "scan", None):
             raise InputError(f"{self.name} cannot use prior_mask={self.prior_mask}", mend="'law' or 'scan'")
 
     def prior_masks(
@@ -243,14 +252,17 @@ class ADPS(_Sampler):
     ) -> Mask:
         """Draw P~ for images of ``shape``, one a generator: (sample, 1, 1 or ky, kx); parts of ``known`` if given."""
         law = self.law or getattr(model, "law", None) or RandomLines(self.acceleration)
-        further = self.further or getattr(model, "further", None) or FurtherLines(self.acceleration)
+        trained = FEW if known is not None else getattr(model, "further", None) or FurtherLines(self.acceleration)
+        further = self.further or trained
         return torch.stack(
             [further(law.draw(shape, generator) if known is None else known, generator) for generator in rng]
         )
 
     def _sample(self, model: AmbientEstimator, one: Slice, rng: Rng) -> Iterator[Step]:
-        known = one.mask[0] if self.prior_mask == "scan" else None
-        if known is not None and not isinstance(one.degradation, Identity):
+        part = isinstance(one.degradation, Identity)
+        chosen = self.prior_mask or ("scan" if part and getattr(model, "varied", False) else "law")
+        known = one.mask[0] if chosen == "scan" else None
+        if known is not None and not part:
             raise InputError(
                 f"{self.name}: prior_mask 'scan' needs data that are a part of a full measurement", mend="use 'law'"
             )
@@ -261,7 +273,8 @@ class ADPS(_Sampler):
         def denoise(noisy: Image, sigma: float) -> Image:
             return model(seen.normal(noisy), shown.mask, sigma, one.encoding)
 
-        start, ladder = self._noise(one, rng), self._ladder()
+        ladder = self._ladder(model)
+        start = self._noise(one, ladder, rng)
         return guided_euler(denoise, one.values, one.operator, start, ladder, step=self.likelihood_step, at=self.at)
 
 
@@ -311,7 +324,8 @@ class DPS(_Sampler):
     recipe: ClassVar[str] = "oracle_small.yaml"
 
     def _sample(self, model: Denoiser, one: Slice, rng: Rng) -> Iterator[Step]:
-        start, ladder = self._noise(one, rng), self._ladder()
+        ladder = self._ladder(model)
+        start = self._noise(one, ladder, rng)
         return guided_euler(model.denoise, one.values, one.operator, start, ladder, step=self.likelihood_step)
 
 
@@ -351,9 +365,9 @@ class DDNM(_Sampler):
                 each = right.expand_as(clean)
                 return conjugate_gradient(operator.normal, each, start=clean, iterations=self.iterations)
 
-        ladder = self._ladder()
+        ladder = self._ladder(model)
         shares = schedule.ancestral(ladder, self.eta)
-        return reverse_diffusion(estimate, self._noise(one, rng), ladder, rng=rng, eta=shares)
+        return reverse_diffusion(estimate, self._noise(one, ladder, rng), ladder, rng=rng, eta=shares)
 
 
 @dataclass(frozen=True)
@@ -387,5 +401,6 @@ class DiffPIR(_Sampler):
                 how: Any = {"weight": rho, "iterations": self.iterations, "degradation": one.degradation}
                 return proximal(full, data, one.mask, one.encoding, **how)[1]
 
-        start = self._noise(one, rng)
-        return reverse_diffusion(estimate, start, self._ladder(), rng=rng, eta=self.zeta**0.5)
+        ladder = self._ladder(model)
+        start = self._noise(one, ladder, rng)
+        return reverse_diffusion(estimate, start, ladder, rng=rng, eta=self.zeta**0.5)

@@ -46,17 +46,22 @@ def load_prior(path: str | Path | None = None, *, device: str = "cpu", **publish
         model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
     except RuntimeError as error:
         raise InputError("the weights do not fit the recipe in their header", path=path) from error
-    _tell_law(model, header["recipe"])
+    _tell_training(model, header["recipe"])
     return model.to(device).eval().requires_grad_(False)
 
 
-def _tell_law(model: nn.Module, recipe: dict[str, Any]) -> None:
-    """Write down what the prior was trained on where its recipe says so, for samplers: ``law`` and ``further``.
+def _tell_training(model: nn.Module, recipe: dict[str, Any]) -> None:
+    """Write down what the prior was trained on where its recipe says so, for samplers.
 
-    ``law`` is that of the masks of its training data, ``further`` what ambient training took away from those.
+    ``law`` is that of the masks of its training data, ``further`` what ambient training took away from those,
+    ``varied`` whether that was any number of lines, and ``levels`` mean and spread of the logarithm of noise levels.
     """
-    nodes = {"law": (recipe.get("data") or {}).get("law"), "further": (recipe.get("loss") or {}).get("further")}
+    loss = recipe.get("loss") or {}
+    nodes = {"law": (recipe.get("data") or {}).get("law"), "further": loss.get("further")}
     if isinstance(nodes["law"], dict):
         for name, node in nodes.items():
             if isinstance(node, dict):
                 setattr(model, name, build(node))
+    model.varied = bool(isinstance(nodes["further"], dict) and nodes["further"].get("varied"))  # type: ignore[assignment]
+    if {"sigma_mean", "sigma_spread"} <= set(loss):
+        model.levels = (float(loss["sigma_mean"]), float(loss["sigma_spread"]))  # type: ignore[assignment]

@@ -1,10 +1,12 @@
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import msmri
 from msmri.errors import InputError
 from msmri.measurement import Measurement
 from msmri.methods import load_method
@@ -13,6 +15,7 @@ from msmri.methods.adps_training import AmbientLoss, CleanLoss
 from msmri.model.ambient import AmbientDenoiser, FurtherLines, FurtherPixels, ImageDenoiser
 from msmri.model.checkpoint import save_checkpoint
 from msmri.model.denoiser import GaussianDenoiser
+from msmri.model.prior import load_prior
 from msmri.model.unet import UNet
 from msmri.physics.fourier import fft2c, ifft2c
 from msmri.physics.operators import CoilFourier, Identity, Subsample
@@ -23,6 +26,7 @@ from msmri.tensors import generators, normal_like
 from msmri.testing import check_reconstructor, phantom_measurement
 
 NAN = float("nan")
+SHIPPED = Path(msmri.__file__).parent / "weights" / "adps_r4.safetensors"
 
 
 def stream(seed=0):
@@ -490,6 +494,77 @@ def test_prior_masks_may_be_parts_of_the_scans_own():
         method(replace(coarse, full_scale=1.0), generators(0, 1))
     with pytest.raises(InputError, match="prior_mask"):
         ADPS(prior, prior_mask="own")
+
+
+def told(tmp_path, loss, data=None):
+    """A prior of A-DPS as a file of it tells what it was trained on."""
+    network = {"use": "msmri.model.unet:UNet", "in_channels": 4, "channels": [8, 8], "blocks_per_level": 1}
+    node = {"use": "msmri.model.ambient:AmbientDenoiser", "network": network | {"conditions": 1}}
+    recipe = {"data": {"use": "msmri.io.dataset:TrainingScans", "path": "none"} | (data or {}), "model": node}
+    recipe["loss"] = {"use": "msmri.methods.adps_training:AmbientLoss"} | loss
+    model = AmbientDenoiser(UNet(in_channels=4, channels=(8, 8), blocks_per_level=1, conditions=1))
+    path = tmp_path / "prior.safetensors"
+    save_checkpoint(path, model.state_dict(), {"format": "msmri-partial", "recipe": recipe})
+    return load_prior(path)
+
+
+FURTHER = {"use": "msmri.model.ambient:FurtherLines", "acceleration": 1.6}
+
+
+@pytest.mark.parametrize(
+    ("loss", "highest"),
+    [
+        ({"sigma_mean": -3.0, "sigma_spread": 1.7}, math.exp(-3 + 1.75 * 1.7)),
+        ({"sigma_mean": -9.0, "sigma_spread": 0.1}, 0.008),  # never below the lowest
+        ({"sigma_mean": -3.0}, 10.0),  # half of it tells nothing
+        ({}, 10.0),
+    ],
+)
+def test_the_weights_tell_where_sampling_begins(tmp_path, loss, highest):
+    prior, levels = told(tmp_path, loss), []
+    measurement, _, _ = problem()
+
+    class Noted:
+        def __call__(self, aliased, mask, sigma, encoding):
+            levels.append(sigma)
+            return 0.9 * aliased
+
+    Noted.levels = getattr(prior, "levels", None)
+    list(ADPS(Noted(), steps=3).iterate(measurement, generators(0, 1)))
+    assert levels == pytest.approx(karras(highest, 0.004, 3).tolist())
+    levels.clear()
+    list(ADPS(Noted(), steps=3, sigma_max=2.0).iterate(measurement, generators(0, 1)))  # unless one is given
+    assert levels == pytest.approx(karras(2.0, 0.004, 3).tolist())
+
+
+@pytest.mark.parametrize("varied", [True, False])
+def test_the_weights_tell_which_lines_the_prior_is_shown(tmp_path, varied):
+    further = {**FURTHER, "varied": True} if varied else FURTHER
+    prior, masks = told(tmp_path, {"further": further}), []
+    measurement, _, _ = problem()
+
+    class Noted:
+        def __call__(self, aliased, mask, sigma, encoding):
+            masks.append(mask)
+            return 0.9 * aliased
+
+    Noted.varied = prior.varied
+    own = measurement.mask.expand(64, -1, -1, -1)
+    list(ADPS(Noted(), samples=64, batch=64, steps=1).iterate(measurement, generators(0, 1)))
+    gone = (own & ~masks[0]).sum((1, 2, 3))
+    inside = not bool((masks[0] & ~own).any())
+    assert inside == varied
+    if varied:
+        assert gone.tolist() == [FurtherLines(12.0).count(16)] * 64
+    masks.clear()
+    published = ADPS(Noted(), samples=64, batch=64, steps=1, prior_mask="law")
+    list(published.iterate(measurement, generators(0, 1)))
+    assert bool((masks[0] & ~own).any())
+
+
+def test_the_shipped_prior_of_a_dps_tells_both():
+    prior = load_prior(SHIPPED)
+    assert prior.varied and prior.levels == (-3.0, 1.7)
 
 
 def test_a_ald_never_goes_back_through_the_network():
