@@ -75,7 +75,7 @@ def rehearse(recipe: dict[str, Any]) -> str:
     """Do what a run begins with, and tell in a line what it would train on; nothing is written.
 
     Builds every part of the recipe, reads the weights to start from, and draws the smallest batch of the first step,
-    for which one scan, or the photographs, are read and checked as in training.
+    for which data are read and checked as in training.
 
     Raises
     ------
@@ -89,7 +89,7 @@ def rehearse(recipe: dict[str, Any]) -> str:
     coils, *matrix = batch.values.shape[1:]
     size = sum(weight.numel() for weight in model.parameters()) / 1e6
     return (
-        f"{len(data)} scans or photographs; {batch.source[0]} is read: {coils} channels of "
+        f"{len(data)} items of data; {batch.source[0]} is read: {coils} channels of "
         f"{' x '.join(map(str, matrix))}, {float(1 / batch.acceleration[0]):.0%} measured; "
         f"a model of {size:.2f} M parameters, {settings.steps} steps"
     )

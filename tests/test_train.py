@@ -298,7 +298,7 @@ def test_a_rehearsal_tells_what_a_run_would_train_on(recipe, tmp_path):
     told = rehearse(recipe)
     (first,) = (name for name in ("s0", "s1") if name in told)
     size = "32 x 24" if first == "s0" else "27 x 32"
-    assert told.startswith("2 scans") and f"3 channels of {size}" in told and "6 steps" in told
+    assert told.startswith("2 items") and f"3 channels of {size}" in told and "6 steps" in told
     assert not list(tmp_path.iterdir())
 
 
