@@ -119,6 +119,7 @@ def simulate_subject(
     finer: float = 0.0,
     noise: float | None = None,
     upright: int | None = None,
+    coils: int | None = None,
 ) -> dict:
     """Draw one simulated subject: fully sampled k-space (slices, coil, ky, kx), noise level and where it came from.
 
@@ -143,7 +144,7 @@ def simulate_subject(
         magnitude = magnitude ** uniform(0.7, 1.3, rng)
     bias = torch.exp(uniform(0, 0.45, rng) * smooth_field((magnitude.shape[1], magnitude.shape[2]), rng, order=3))
     n_coils = (4, 6, 8, 8, 10, 12)[int(torch.randint(0, 6, (), generator=rng))]
-    maps = coil_maps((magnitude.shape[1], magnitude.shape[2]), n_coils, rng)
+    maps = coil_maps((magnitude.shape[1], magnitude.shape[2]), coils or n_coils, rng)
     # relative to the 99th percentile of the image, which is 1 to within some per cent here
     level = 10 ** uniform(-2.7, -1.5, rng)  # drawn in any case, so that the subject is the same with other noise
     image = magnitude * bias / torch.quantile((magnitude * bias).flatten()[::7], 0.99)
@@ -167,6 +168,7 @@ def main() -> None:
     parser.add_argument("--centre", type=float, default=20 / 256, help="share of the columns always measured")
     parser.add_argument("--upright", type=int, help="axial slices, upright, on matrices of this side: for generation")
     parser.add_argument("--noise", type=float, help="std of each real component over the image's maximum; else random")
+    parser.add_argument("--coils", type=int, help="coils of every subject; else 4 to 12")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--full", action="store_true", help="write fully sampled scans with their reference (tests)")
     options = parser.parse_args()
@@ -187,6 +189,7 @@ def main() -> None:
             finer=options.finer,
             noise=options.noise,
             upright=options.upright,
+            coils=options.coils,
         )
         kspace = subject.pop("kspace")
         attributes = {"acquisition": subject["volume"], "patient_id": f"{options.split}{number}"}
