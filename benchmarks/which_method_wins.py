@@ -6,9 +6,9 @@ All scans are fully sampled and undersampled here. What a method has to be told 
 tuned on the validation scans, never on those reported. Every finished row is kept beside the result, and the same
 command goes on where it was stopped; without what was kept, from the published result. A learned method without
 weights is left out, and the page says so.
-The simulated scans of docs/results.md are the demo scan and those of recipes/simulate_brains.py VOLUMES data/test --split
-test --full --subjects 3 --slices 4, the validation scans those of --split validation --full --subjects 4 --slices 4;
-those of docs/results_many_scans.md are of --split validation --full --slices 1, --subjects 14 --seed 5 and
+The simulated scans of docs/results.md are the demo scan and, by recipes/simulate_brains.py VOLUMES OUT --full, those of
+--split test --subjects 3 --slices 4, its validation scans those of --split validation --subjects 4 --slices 4; the
+scans of docs/results_many_scans.md those of --split validation --slices 1, with --subjects 14 --seed 5 and with
 --first 100 --subjects 6 --coils 16 --seed 16.
 --quick is a small version for continuous integration: it uses the demo scan and needs no other data.
 Writes results/which_method_wins.{json,csv}, figures, and with --markdown a page.
