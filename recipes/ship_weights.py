@@ -2,7 +2,8 @@
 
     python recipes/ship_weights.py RUN1/last.safetensors RUN2/last.safetensors msmri/weights/brain_r4.safetensors
 
-The last run's averaged weights are written; the headers of all runs, in order, tell how they came about.
+The last run's averaged weights are written; the headers of all runs, in order, tell how they came about. A run may
+also be a file that shipped, which tells its own.
 """
 
 import argparse
@@ -49,6 +50,9 @@ def main() -> None:
     stages = []
     for path in options.runs:
         tensors, header = load_checkpoint(path)
+        if "stages" in header:
+            stages.extend(header["stages"])
+            continue
         recipe = header["recipe"]
         paths = recipe["data"]["path"]
         several = isinstance(paths, list)
