@@ -367,7 +367,8 @@ def effort(path: Path) -> str:
     stages = header.get("stages") or [header]
     steps = " + ".join(str(stage.get("step", "?")) for stage in stages)
     hours = [stage["cpu_hours"] for stage in stages if "cpu_hours" in stage]
-    return f"{steps} steps" + (f", {sum(hours):.1f} CPU hours" if len(hours) == len(stages) else "")
+    some = "" if len(hours) == len(stages) else " in the stages that tell"
+    return f"{steps} steps" + (f", {sum(hours):.1f} CPU hours{some}" if hours else "")
 
 
 def show(

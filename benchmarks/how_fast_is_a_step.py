@@ -101,8 +101,8 @@ class _Told:
     def __call__(self, *asked: Any) -> torch.Tensor:
         raise TypeError("every run of sampling follows itself: call following()")
 
-    def following(self, gain: torch.Tensor | None = None) -> "_Run":
-        self.runs.append(_Run(self.prior.following(gain)))
+    def following(self, gain: torch.Tensor | None = None, centre: torch.Tensor | None = None) -> "_Run":
+        self.runs.append(_Run(self.prior.following(gain, centre)))
         return self.runs[-1]
 
     def replay(self) -> None:

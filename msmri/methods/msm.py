@@ -15,7 +15,7 @@ from msmri.measurement import Measurement, Reconstruction
 from msmri.methods import FromPrior, combine_sets
 from msmri.model.denoiser import Denoiser, VPSchedule
 from msmri.model.partial import BLANK, CrossValidation
-from msmri.physics.coils import estimate_noise_std
+from msmri.physics.coils import calibration_region, estimate_noise_std
 from msmri.physics.masks import MaskLaw, RandomLines, covering
 from msmri.physics.operators import Identity, LinearOperator, Subsample, selected
 from msmri.sampling import schedule
@@ -204,7 +204,8 @@ class MSM(FromPrior):
         for number, generator in enumerate(rng):
             one = problem.take(torch.tensor([number]))
             with torch.inference_mode():
-                found.append(ask(one.values, one.mask, one.encoding, one.noise, *spawn(generator, 1)))
+                asked = (one.values, one.mask, one.encoding, one.noise, *spawn(generator, 1))
+                found.append(ask(*asked, centre=one.centre))
         return found
 
     def _start(self, partial: PartialDenoiser, problem: "_Problem") -> str:
@@ -238,7 +239,8 @@ class MSM(FromPrior):
         for first in range(0, len(streams), self.batch):
             chosen = slice(first, first + self.batch)
             group = problem.take(index[chosen])
-            partial = _for_one_run(prior, None if gains is None else gains[index[chosen].to(gains.device)])
+            gain = None if gains is None else gains[index[chosen].to(gains.device)]
+            partial = _for_one_run(prior, gain, group.centre)
             with torch.inference_mode():  # not around the yield: the caller's own code is not ours to change
                 run = self._sample(partial, group, streams[chosen])
                 step = next(run, None)
@@ -306,11 +308,11 @@ class MSM(FromPrior):
         yield from reverse_diffusion(estimate, begin, sigmas, rng=rng, eta=eta, first_estimate=first)
 
 
-def _for_one_run(prior: PartialDenoiser, gain: Tensor | None) -> PartialDenoiser:
+def _for_one_run(prior: PartialDenoiser, gain: Tensor | None, centre: Tensor) -> PartialDenoiser:
     """Give the prior for one run of sampling; one that can lets each estimate begin where the last one ended."""
     follow = getattr(prior, "following", None)
     if follow is not None:
-        return follow(gain)
+        return follow(gain, centre)
     return prior if gain is None else _Gained(prior, gain)
 
 
@@ -383,6 +385,13 @@ class _Problem:
     def operator(self) -> LinearOperator:
         """From full measurements to data."""
         return selected(self.mask, self.degradation)
+
+    @cached_property
+    def centre(self) -> Tensor:
+        """Number of lines in the fully sampled centre of k-space, which maps come from; (batch, 1, 1, 1)."""
+        shape = (self.values.shape[-2], self.values.shape[-1])
+        lines = [float(min(calibration_region(mask[None], shape))) for mask in self.mask] if self.part else [0.0]
+        return self.scale.new_tensor(lines).expand(len(self.mask)).reshape(-1, 1, 1, 1)
 
     def blank(self) -> KSpace:
         """Give full measurements of zeros."""

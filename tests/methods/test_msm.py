@@ -10,7 +10,7 @@ from msmri.methods import load_method
 from msmri.methods.msm import MSM
 from msmri.model.denoiser import ComplexChannels, EpsilonVP, GaussianDenoiser, VPSchedule
 from msmri.model.partial import CrossValidation
-from msmri.physics.masks import RandomLines
+from msmri.physics.masks import RandomLines, centre_width
 from msmri.physics.operators import CoilFourier, Identity, Subsample
 from msmri.physics.solve import conjugate_gradient
 from msmri.sampling.aggregate import ImagePartial, aggregate
@@ -389,8 +389,9 @@ def test_each_slice_has_a_gain_of_its_own():
     asked, gains = [], []
 
     class Spy:
-        def cross_validate(self, values, mask, encoding, noise, rng):
+        def cross_validate(self, values, mask, encoding, noise, rng, *, centre):
             asked.append((values, noise, float(torch.rand((), generator=rng))))
+            assert centre.shape == (1, 1, 1, 1) and float(centre) == centre_width(mask)
             return CrossValidation(torch.full((1, 1, 1, 1), 0.1 * len(asked)), torch.full((1,), 0.04 * len(asked) ** 2))
 
         def __call__(self, state, mask, encoding, sigma, gain=None):

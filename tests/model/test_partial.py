@@ -471,8 +471,8 @@ class Told(MeasurementPartial):
         super().__init__(Zeros(), SPECTRUM)
         self.truth, self.missing, self.factor, self.seen = truth, missing, factor, None
 
-    def estimates(self, state, mask, encoding, sigma):
-        self.seen = state, mask, sigma
+    def estimates(self, state, mask, encoding, sigma, centre=None):
+        self.seen, self.centre = (state, mask, sigma), centre
         first = self.truth - self.missing
         return first.expand(len(state), -1, -1, -1), first + self.factor * self.missing
 
@@ -501,7 +501,9 @@ def test_the_error_to_expect_is_what_hidden_lines_are_missing(noisy):
 
 
 @pytest.mark.parametrize("places", [False, True])
-@pytest.mark.parametrize(("factor", "gain"), [(1.0, 1.0), (2.0, 0.5), (4.0, 0.25), (0.5, 1.0), (-1.0, 0.0), (0.0, 1.0)])
+@pytest.mark.parametrize(
+    ("factor", "gain"), [(1.0, 1.0), (4.0, 1.0), (8.0, 0.5), (16.0, 0.25), (0.5, 1.0), (-1.0, 0.0), (0.0, 1.0)]
+)
 def test_network_gain_is_the_share_that_explains_hidden_lines(factor, gain, places):
     shape = (20, 52)
     coils, mask = encoding(shape), lines(52)
@@ -513,6 +515,9 @@ def test_network_gain_is_the_share_that_explains_hidden_lines(factor, gain, plac
     noise = torch.full((1, 1, 1, 1), 0.1, dtype=torch.float64)
     found = model.cross_validate(poisoned, mask, coils, noise, torch.Generator().manual_seed(0))
     assert found.gain.shape == (1, 1, 1, 1) and float(found.gain) == pytest.approx(gain, abs=1e-6)
+    assert model.centre is None
+    model.cross_validate(poisoned, mask, coils, noise, torch.Generator().manual_seed(0), centre="lines")
+    assert model.centre == "lines"
     state, everywhere, sigma = model.seen
     hidden = mask & (sigma == 100)
     assert bool(everywhere.all()) and len(state) == 4
@@ -539,6 +544,37 @@ def test_gain_weighs_what_the_networks_add():
     close(model.estimate(state, mask, coils, sigma, gain), expected, 1e-9)
     assert torch.equal(model.estimate(state, mask, coils, sigma), last)
     close(model(state, mask, coils, sigma, gain), Subsample(mask)(coils(expected)), 1e-9)
+
+
+def test_maps_from_few_lines_are_taken_to_be_worse():
+    model = partial(Mixing())
+    model.map_error = 0.01
+    assert model.wrong(None) == 0.01
+    lines_ = torch.tensor([0.0, 2.0, 4.0, 6.5, 13.0, 24.0]).reshape(-1, 1, 1, 1)
+    expected = 0.01 * torch.tensor([1.0, 10.5625, 10.5625, 4.0, 1.0, 1.0])
+    torch.testing.assert_close(model.wrong(lines_).flatten(), expected)
+
+
+def test_every_item_of_a_run_has_maps_of_its_own_lines():
+    shape = (10, 12)
+    model = partial(Mixing(), wiener=10, consistency=6)
+    model.map_error = 0.1
+    coils, mask = encoding(shape, batch=2), lines(12, batch=2)
+    sigma = linewise(mask, (0.05, 1.0))
+    state = Subsample(mask)(coils(prior_sample(model, shape, batch=2)))
+    centre = torch.tensor([6.0, 20.0], dtype=torch.float64).reshape(2, 1, 1, 1)
+    wide = model.estimates(state, mask, coils, sigma)[1]
+    worse = partial(Mixing(), wiener=10, consistency=6)
+    worse.map_error = model.map_error * (13 / 6) ** 2
+    narrow = worse.estimates(state, mask, coils, sigma)[1]
+    assert float((wide - narrow)[0].norm()) > 1e-6 * float(wide[0].norm())
+    expected = coils(torch.cat([narrow[:1], wide[1:]]))
+    close(model.following(None, centre)(state, mask, coils, sigma), Subsample(mask)(expected), 1e-9)
+    twice = CoilFourier(coils.maps.repeat(2, 1, 1, 1, 1))  # two masks of each, in a row
+    both = model.following(None, centre)(
+        state.repeat(2, 1, 1, 1), mask.repeat(2, 1, 1, 1), twice, sigma.repeat(2, 1, 1, 1)
+    )
+    close(both, Subsample(mask)(expected).repeat(2, 1, 1, 1), 1e-9)
 
 
 def test_a_prior_in_one_run_tells_the_law_it_was_trained_on():
