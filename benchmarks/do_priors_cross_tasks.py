@@ -303,14 +303,12 @@ def draw(
         for case in (case for case in options.cases if case.partition(":")[0] == task):
             shares = [prior.lost for prior in series]
             values = [np.mean([row["psnr"] for row in cell(rows, case, prior.label).values()]) for prior in series]
-            (line,) = axis.plot(
-                shares, values, marker="o", label=f"{find_task(task).what.split(',')[0]}: {case.partition(':')[2]}"
-            )
+            (line,) = axis.plot(shares, values, marker="o", label=case.partition(":")[2])
             ours = np.mean([row["psnr"] for row in cell(rows, case, MSM_ROW).values()])
             axis.plot([0.4], [ours], marker="*", markersize=11, linestyle="", color=line.get_color())
         axis.set(title=task, xlabel="share of pixels lost in training (0: clean)", ylabel="PSNR in dB")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, frameon=False, fontsize=8)
     figure.suptitle("A-DPS by what its prior was trained on; stars: MSM, trained with tiles lost", fontsize=10)
     made.append(folder / "cross_tasks.png")
     figure.savefig(made[-1], dpi=130)
