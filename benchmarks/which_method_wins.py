@@ -10,6 +10,7 @@ The simulated scans of docs/results.md are the demo scan and, by recipes/simulat
 --split test --subjects 3 --slices 4, its validation scans those of --split validation --subjects 4 --slices 4; the
 scans of docs/results_many_scans.md those of --split validation --slices 1, with --subjects 14 --seed 5 and with
 --first 100 --subjects 6 --coils 16 --seed 16.
+--jobs N works on N methods at once, each in a process of its own: give it the number of processors.
 --quick is a small version for continuous integration: it uses the demo scan and needs no other data.
 Writes results/which_method_wins.{json,csv}, figures, and with --markdown a page.
 """
@@ -19,6 +20,10 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -275,6 +280,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--refinements", type=int, default=3, help="evaluations after the grid when tuning")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--note", default="", help="what a reader of the page should know about this run")
+    parser.add_argument("--jobs", type=int, default=1, help="methods at once, each in a process of its own")
+    parser.add_argument("--rows-only", action="store_true", help="leave figures and page to a run of all methods")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--fresh", action="store_true", help="forget rows of an earlier run, but not what was tuned")
     parser.add_argument("--tune-again", action="store_true", help="forget what was tuned")
@@ -288,6 +295,77 @@ def parse() -> argparse.Namespace:
     return options
 
 
+def known_rows(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Read rows and tuned values, by key, that are kept from an earlier run or are in the published result."""
+    kept = options.out.with_suffix(".rows.json")
+    if (source := next((path for path in (kept, options.out) if path.exists()), None)) is None:
+        return {}
+    earlier = json.loads(source.read_text())
+    if source != kept:
+        earlier["rows"] = dict(zip(earlier.get("keys", []), earlier["rows"])) | earlier.get("tuned_by_key", {})
+    forgotten = {True: options.tune_again, False: options.fresh}  # by whether it is a tuned value
+    return {key: value for key, value in earlier["rows"].items() if not forgotten["field" in value]}
+
+
+def share_out(options: argparse.Namespace, done: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], int]:
+    """Let processes compute the rows of a method each, ``options.jobs`` at a time, and take their rows into ``done``.
+
+    Each keeps what is finished in files of its own, which a later run goes on from. Returns how much was computed,
+    and the threads of a process.
+
+    Raises
+    ------
+    SystemExit
+        If a process failed; the rows of the others are kept.
+    """
+    kept = options.out.with_suffix(".rows.json")
+    threads = max(1, (os.cpu_count() or 1) // options.jobs)
+    surroundings = {"OMP_NUM_THREADS": str(threads), **os.environ}
+    computed = {"rows": 0, "tuned": 0, "minutes of tuning": 0.0}
+    waiting, failed = list(options.methods), []
+    running: dict[subprocess.Popen[bytes], tuple[str, Path]] = {}
+    # the slowest first, so that no processor waits for the last one
+    waiting.sort(key=lambda label: ENTRIES[label].accelerations is None and not label.startswith("msm"))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the others end with this one
+    try:
+        while waiting or running:
+            while waiting and len(running) < options.jobs:
+                label = waiting.pop(0)
+                name = hashlib.sha256(label.encode()).hexdigest()[:8]
+                out = options.out.with_name(f"{options.out.stem}.part_{name}.json")
+                part = out.with_suffix(".rows.json")
+                if not part.exists():
+                    write_manifest(part, {"rows": done})
+                for picture in kept.parent.glob(f"{kept.stem}.*.npy") if label in PANEL else ():
+                    shutil.copy(picture, picture.with_name(picture.name.replace(kept.stem, part.stem)))
+                forgetting = ("--fresh", "--tune-again")  # was done here, once
+                own = [word for word in sys.argv[1:] if word not in forgetting]
+                own += ["--methods", label, "--jobs", "1", "--rows-only", "--out", str(out)]
+                process = subprocess.Popen([sys.executable, __file__, *own], env=surroundings)
+                running[process] = (label, out)
+            time.sleep(0.2)
+            for process in [one for one in running if one.poll() is not None]:
+                label, out = running.pop(process)
+                part = out.with_suffix(".rows.json")
+                done |= json.loads(part.read_text())["rows"]
+                write_manifest(kept, {"rows": done})
+                if process.returncode:
+                    failed.append(label)
+                    continue
+                told = json.loads(out.read_text())["this_run"]
+                computed = {name: computed[name] + told[name] for name in computed}
+                for picture in out.parent.glob(f"{part.stem}.*.npy"):
+                    picture.replace(picture.with_name(picture.name.replace(part.stem, kept.stem)))
+                out.unlink()
+                part.unlink()
+    finally:
+        for process in running:
+            process.terminate()
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}; what the others computed is kept for the next run")
+    return computed, threads
+
+
 def main() -> None:
     """Run, resume, and write the figures."""
     keep_freed_memory()
@@ -295,15 +373,11 @@ def main() -> None:
     given = dict(pair.split("=", 1) for pair in options.weights)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     kept = options.out.with_suffix(".rows.json")
-    done: dict[str, dict[str, Any]] = {}
-    if (source := next((path for path in (kept, options.out) if path.exists()), None)) is not None:
-        earlier = json.loads(source.read_text())
-        if source != kept:
-            earlier["rows"] = dict(zip(earlier.get("keys", []), earlier["rows"])) | earlier.get("tuned_by_key", {})
-        earlier = earlier["rows"]
-        forgotten = {True: options.tune_again, False: options.fresh}  # by whether it is a tuned value
-        done = {key: value for key, value in earlier.items() if not forgotten["field" in value]}
+    done = known_rows(options)
     begun, computed = time.perf_counter(), {"rows": 0, "tuned": 0, "minutes of tuning": 0.0}
+    threads, shared = torch.get_num_threads(), {}
+    if options.jobs > 1:
+        shared, threads = share_out(options, done)
     chosen: dict[str, tuple[Any, Path | None]] = {}
     missing = []
     for label in options.methods:
@@ -392,11 +466,16 @@ def main() -> None:
                     keys.append(key)
                     if panel:
                         pictures.setdefault(group, (one, {}))[1][label] = torch.from_numpy(np.load(picture))
+    computed = {name: value + shared.get(name, 0) for name, value in computed.items()}
+    minutes = (time.perf_counter() - begun) / 60
+    run = {**computed, "minutes": minutes, "threads": threads, "processes": options.jobs, "of_rows": len(rows)}
+    if options.rows_only:
+        write_manifest(options.out, {"this_run": run})
+        return
     effort_of = {label: effort(path) for label, (_, path) in chosen.items() if path is not None}
     sums = {label: sha256(path) for label, (_, path) in chosen.items() if path is not None}
     record |= {"tuned": tuned, "weights_sha256": sums, "training": effort_of}
-    minutes = (time.perf_counter() - begun) / 60
-    record["this_run"] = {**computed, "minutes": minutes, "threads": torch.get_num_threads(), "of_rows": len(rows)}
+    record["this_run"] = run
     values = {key: value for key, value in done.items() if "field" in value}
     write_manifest(options.out, record | {"rows": rows, "keys": keys, "tuned_by_key": values})
     write_csv(options.out.with_suffix(".csv"), rows)
@@ -564,8 +643,9 @@ def page(record: dict[str, Any], rows: list[dict[str, Any]], figures: list[Path]
         verdicts += "\n".join(f"- {line}" for line in short)
     run = record["this_run"]
     ran = f"{run['rows']} of {run['of_rows']} rows were computed in this run, in {run['minutes']:.0f} minutes with "
-    ran += f"{run['threads']} thread{'s' * (run['threads'] > 1)}, {run['minutes of tuning']:.0f} of them to tune "
-    ran += f"{run['tuned']} values; the rest was kept."
+    processes = f"{run['processes']} processes of " if run["processes"] > 1 else ""
+    ran += f"{processes}{run['threads']} thread{'s' * (run['threads'] > 1)}; {run['tuned']} values were tuned in "
+    ran += f"{run['minutes of tuning']:.0f} minutes{' of one process' * bool(processes)}; the rest was kept."
     text = (
         "# Which method wins?\n\nWritten by `benchmarks/which_method_wins.py`; do not edit by hand. "
         f"Seed {options.seed}, `{json.dumps(record['environment'])}`.\n\n"

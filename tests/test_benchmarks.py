@@ -87,6 +87,39 @@ def test_a_run_without_what_was_kept_goes_on_from_the_published_result(quick, tm
     assert "tv | abc" in found["tuned_by_key"] and len(found["keys"]) == len(found["rows"])
 
 
+def test_processes_share_the_methods_out_and_find_the_same(quick, tmp_path):
+    chosen = ["zero-filled", "cg-sense", "tv"]
+    arguments = ["which_method_wins.py", "--quick", "--methods", *chosen, "--jobs", "2"]
+    arguments += ["--out", tmp_path / "result.json", "--markdown", tmp_path / "page.md"]
+    first = run(*arguments)
+    assert first.returncode == 0, first.stderr
+    alone = json.loads((quick[0] / "result.json").read_text())["rows"]
+    found = json.loads((tmp_path / "result.json").read_text())
+    both = [
+        [(row["method"], row["psnr"]) for row in rows if row["method"] in chosen] for rows in (alone, found["rows"])
+    ]
+    assert sorted(both[1]) == sorted(both[0]) and len(both[0]) > len(chosen)
+    told = found["this_run"]
+    assert told["rows"] == told["of_rows"] == len(found["rows"]) and told["processes"] == 2
+    assert " 2 processes of " in (tmp_path / "page.md").read_text()
+    assert not [path for path in tmp_path.iterdir() if ".part_" in path.name]  # taken in
+    again = run(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert json.loads((tmp_path / "result.json").read_text())["this_run"]["rows"] == 0
+
+
+def test_what_processes_finished_is_kept_when_one_fails(tmp_path):
+    torn = tmp_path / "torn.safetensors"
+    torn.write_bytes(b"nothing of the kind")
+    arguments = ["which_method_wins.py", "--quick", "--methods", "zero-filled", "ssdu", "--jobs", "2"]
+    arguments += ["--weights", f"ssdu={torn}", "--out", tmp_path / "result.json"]
+    failed = run(*arguments)
+    assert failed.returncode != 0 and "failed: ssdu;" in failed.stderr
+    assert not (tmp_path / "result.json").exists()
+    kept = json.loads((tmp_path / "result.rows.json").read_text())["rows"]
+    assert {row["method"] for row in kept.values()} == {"zero-filled"}
+
+
 def test_a_fresh_run_forgets_rows_and_not_what_was_tuned(quick, tmp_path):
     kept = tmp_path / "result.rows.json"
     rows = json.loads((quick[0] / "result.rows.json").read_text())["rows"]
