@@ -1,6 +1,7 @@
 """The benchmark of masks and steps in generation: it goes on where it stopped, and its words follow its numbers."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -99,10 +100,26 @@ def test_runs_and_goes_on_where_it_stopped(script, tmp_path, monkeypatch, capsys
     assert json.loads(Path(out).read_text("utf-8"))["cells"] == first["cells"]
     monkeypatch.setattr(sys, "argv", [*command, "--other", oracle])  # another second prior: it alone is drawn anew
     asked = []
-    monkeypatch.setattr(script, "draw", lambda method, options: asked.append(method) or torch.rand(3, 32, 32))
+    monkeypatch.setattr(script, "draw", lambda method, options, count: asked.append(method) or torch.rand(3, 32, 32))
     script.main()
     assert len(asked) == 1
+    # the published result alone is left, and no prior of clean images: its cells stand, the sheet's images are redrawn
+    published, counts = json.loads(Path(out).read_text("utf-8"))["cells"], []
+    shutil.rmtree(work)
+    monkeypatch.setattr(sys, "argv", [*command[:later], *command[later + 2 :], "--other", oracle])
+    monkeypatch.setattr(
+        script, "draw", lambda method, options, count: counts.append(count) or torch.rand(count, 32, 32)
+    )
+    script.main()
+    assert json.loads(Path(out).read_text("utf-8"))["cells"] == published
+    assert counts == [script.SHOWN] * 4  # w = 1, w = 2, the second prior and denser masks
+    told = Path(page).read_text("utf-8")
+    assert "| oracle steps=2 " in told and "then the clean-image prior" not in told
     monkeypatch.setattr(script, "draw", never)
+    elsewhere = [*command[:1], unseen, *command[2:]]  # other references under the same names
+    monkeypatch.setattr(sys, "argv", elsewhere)
+    with pytest.raises(AssertionError, match="drawn again"):
+        script.main()
     monkeypatch.setattr(sys, "argv", [*command, "--centre", "0.3"])  # other masks: nothing of before counts
     with pytest.raises(AssertionError, match="drawn again"):
         script.main()

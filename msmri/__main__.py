@@ -1,0 +1,5 @@
+"""``python -m msmri`` is ``msmri``."""
+
+from msmri.cli import main
+
+main()
