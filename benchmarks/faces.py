@@ -67,7 +67,7 @@ class Entry:
 
 
 MSM_WEIGHTS, AMBIENT, ORACLE = "faces_msm.safetensors", "faces_ambient.safetensors", "faces_oracle.safetensors"
-MSM_NOISY = "faces_msm_noisy.safetensors"
+MSM_NOISY, GSURE = "faces_msm_noisy.safetensors", "faces_gsure.safetensors"
 MANY = {"samples": 4, "batch": 64}
 ENTRIES: dict[str, Entry] = {
     "biharmonic": Entry("biharmonic", NOTHING, tasks=HOLES),
@@ -83,7 +83,8 @@ ENTRIES: dict[str, Entry] = {
 QUICK: dict[str, dict[str, Any]] = {"tv": {"iterations": 10}, "msm, paper's sampler": {"steps": 2}}
 QUICK |= {name: {"steps": 3, "samples": 2} for name, entry in ENTRIES.items() if "samples" in entry.options}
 METRICS = {"psnr": 2, "ssim": 4, "lpips": 4, "psnr_one_sample": 2, "error_per_std": 2, "NFE": 0, "seconds": 2}
-DRAWN = {"msm": MSM_WEIGHTS, "msm, learned from noise": MSM_NOISY, "ambient": AMBIENT, "oracle": ORACLE}  # to draw from
+DRAWN = {"msm": MSM_WEIGHTS, "msm, learned from noise": MSM_NOISY, "ambient": AMBIENT, "gsure": GSURE}  # to draw from
+DRAWN |= {"oracle": ORACLE}
 
 
 def colour_psnr(target: Any, image: Any) -> float:

@@ -96,11 +96,11 @@ def test_a_shrunk_copy_trains(recipe, tmp_path):
 
 
 def test_twins_differ_in_nothing_but_what_they_learn_from():
-    names = ("msm", "msm_noisy", "ambient", "oracle")
+    names = ("msm", "msm_noisy", "ambient", "oracle", "gsure")
     small = [load_recipe(ROOT / "recipes" / f"photos32_{name}.yaml") for name in names]
     assert all(one["train"] == small[0]["train"] for one in small)
     networks = [one["model"].get("denoiser", one["model"])["network"] for one in small]
-    assert [one.pop("in_channels") for one in networks] == [3, 3, 5, 3]
+    assert [one.pop("in_channels") for one in networks] == [3, 3, 5, 3, 3]
     assert all(one == networks[0] for one in networks)
     assert all((one["data"]["path"], one["data"]["size"]) == (small[0]["data"]["path"], 32) for one in small)
 
