@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,12 +39,18 @@ KINDS = {
 }
 
 
+def kind_of(recipe: dict[str, Any]) -> str:
+    """Tell from a recipe what kind of data it trains on: whose licences the weights are under."""
+    module, _, name = recipe["data"]["use"].partition(":")
+    return "photos" if module.endswith(".photos") else "full" if name == "FullScans" else "undersampled"
+
+
 def main() -> None:
     """Write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--note", default=None, help="what else to know about how the stages follow each other")
-    parser.add_argument("--kind", choices=KINDS, default="undersampled", help="of the training data")
+    parser.add_argument("--kind", choices=KINDS, help="of the training data; told by the recipe without it")
     parser.add_argument("--law", type=json.loads, help="node of the masks' law, where the recipe does not tell it")
     parser.add_argument("out", type=Path)
     options = parser.parse_args()
@@ -69,7 +76,7 @@ def main() -> None:
     digest = hashlib.sha256()
     for name in sorted(small):
         digest.update(name.encode() + small[name].contiguous().numpy().tobytes())
-    volumes, how, licence = KINDS[options.kind]
+    volumes, how, licence = KINDS[options.kind or kind_of(stages[-1]["recipe"])]
     shipped = {
         "format": header["format"],
         "recipe": stages[-1]["recipe"],

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from msmri.cli import app
 from msmri.config import build, load_recipe
 from msmri.io import write_scan
 from msmri.io.restored import read_photo
-from msmri.model.checkpoint import load_checkpoint, save_checkpoint
+from msmri.model.checkpoint import load_checkpoint, read_header, save_checkpoint
 from msmri.model.prior import load_prior
 from msmri.testing import phantom_measurement
 from msmri.train import TrainSettings, _rate, train
@@ -372,3 +373,16 @@ def test_wrong_recipes_of_a_command(command, text, says, tmp_path):
     result = invoke(command, *words, *([] if command in ("sample", "train") else [tmp_path / "none"]), code=2)
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: ") and says in line and not out.exists()
+
+
+def test_shipped_weights_name_the_data_and_licence_of_what_they_were_trained_on():
+    spec = importlib.util.spec_from_file_location("ship_weights", ROOT / "recipes" / "ship_weights.py")
+    ship = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ship)
+    shipped = sorted((ROOT / "msmri" / "weights").glob("*.safetensors"))
+    assert len(shipped) > 10
+    for path in shipped:
+        header = read_header(path)
+        kind = ship.kind_of(header["recipe"])
+        assert (header["data"], header["data_note"], header["weights_licence"]) == ship.KINDS[kind], path.name
+        assert (kind == "photos") == path.name.startswith("faces"), path.name
