@@ -236,6 +236,7 @@ def judge_drawn(options: argparse.Namespace, real: Photos, record: dict[str, Any
         "one half of the real faces against the other": {"distance": half.value, "floor": half.floor}
     }
     record["generation_counts"] = {"real": len(real), "drawn": options.generate}
+    record["generation_training"] = {}
     drawn = {}
     for which, file in DRAWN.items():
         path = options.weights / file
@@ -253,6 +254,7 @@ def judge_drawn(options: argparse.Namespace, real: Photos, record: dict[str, Any
         if options.inception is not None:
             row |= inception_distances(brightness, (images + 1) / 2, weights=options.inception)
         record["generation"][which] = row
+        record["generation_training"][which] = {"training": effort(path), "weights": f"`{sha256(path)[:12]}`"}
         drawn[which] = images
         print(f"{which}: distance {found.value:.2f}, floor {found.floor:.2f}", flush=True)
     return drawn
@@ -464,24 +466,33 @@ def page(record: dict[str, Any], rows: list[dict[str, Any]], figures: list[Path]
     text = (
         "# Faces\n\nWritten by `benchmarks/faces.py`; do not edit by hand. "
         f"Seed {options.seed}, `{json.dumps(record['environment'])}`.\n\n"
-        f"Faces of {options.size} x {options.size} pixels, {len(options.tasks)} tasks with noise of {options.noise:g} "
-        "(values in [-1, 1]), the same for all methods. PSNR of colours with data range 2, SSIM the mean over colours, "
-        "both of the mean of the samples where a method draws several. Error / std: root mean square error over that "
-        "of the predicted spread. NFE: network passes a sample. Intervals: 95 % bootstrap of paired differences over "
-        "faces. A method that reports fewer faces is slow and was run on the first ones only.\n\n"
-        f"{amounts}\n{options.note}\n\n{left_out}## In words\n\n{words}\n\n## Training\n\n{trained}\n\n"
-        f"Chosen on {options.validation} training faces:\n\n{tuning}\n## Means\n\n{summarise(rows, options.seed)}\n"
+        f"Faces of {options.size} x {options.size} pixels.{' ' * bool(rows)}"
     )
+    if rows:
+        text += (
+            f"{len(options.tasks)} task{'s' * (len(options.tasks) > 1)} with noise of {options.noise:g} (values in "
+            "[-1, 1]), the same for all methods. PSNR of colours with data range 2, SSIM the mean over colours, both "
+            "of the mean of the samples where a method draws several. Error / std: root mean square error over that "
+            "of the predicted spread. NFE: network passes a sample. Intervals: 95 % bootstrap of paired differences "
+            "over faces. A method that reports fewer faces is slow and was run on the first ones only.\n\n"
+            f"{amounts}\n{options.note}\n\n{left_out}## In words\n\n{words}\n\n## Training\n\n{trained}\n\n"
+            f"Chosen on {options.validation} training faces:\n\n{tuning}\n## Means\n\n"
+            f"{summarise(rows, options.seed)}\n"
+        )
+    else:
+        text += f"{' ' * bool(options.note)}{options.note}\n"
     if "generation" in record:
         counts = record["generation_counts"]
         lines = [{"faces": name, **values} for name, values in record["generation"].items()]
+        learned = [{"drawn from": name, **values} for name, values in record["generation_training"].items()]
         columns = {name: "" if name == "faces" else ".2f" for line in lines for name in line}
         near = sorted(set(record["generation"]) & set(DRAWN), key=lambda name: record["generation"][name]["distance"])
         text += (
             f"\n## Drawn faces\n\nFrechet distance on scattering features (`msmri/distances.py`; lower is better) of "
             f"{counts['drawn']} drawn faces to {counts['real']} held-out ones; floor: what two such sets of one law "
             f"give on average, excess: what is above it. {options.steps} steps. Nearest first: {'; '.join(near)}. "
-            f"Why in this order: `why_are_msm_faces_grainy.py`.\n\n{markdown_table(lines, columns)}"
+            f"Why in this order: `why_are_msm_faces_grainy.py`.\n\n{markdown_table(lines, columns)}\n"
+            f"{markdown_table(learned, list(learned[0])) if learned else ''}"
         )
     return text + (
         "\n## Pictures\n\nThe faces shown are from FairFace (Karkkainen and Joo, WACV 2021; CC BY 4.0, reduced), or "

@@ -85,6 +85,18 @@ def test_a_second_run_takes_what_is_done(quick):
     assert again.stdout.split("# Faces")[1] == first.stdout.split("# Faces")[1]
 
 
+def test_drawn_faces_alone_make_a_page_without_tasks(quick, tmp_path):
+    _, arguments, _ = quick
+    outputs = ["--tasks", "--out", tmp_path / "drawn.json", "--markdown", tmp_path / "page.md"]
+    result = run(*arguments, *outputs)
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "drawn.json").read_text())
+    assert not record["rows"] and set(record["generation_training"]) == {"msm", "ambient"}
+    page = (tmp_path / "page.md").read_text()
+    assert "## Drawn faces" in page and "| 7 steps, 0.1 CPU hours |" in page and "| drawn from " in page
+    assert "## Means" not in page and "PSNR" not in page
+
+
 def test_lpips_is_reported_where_its_weights_are(load_benchmark, monkeypatch):
     faces = load_benchmark("faces")
     target = torch.linspace(-1, 1, 3 * 32 * 32).reshape(3, 32, 32)

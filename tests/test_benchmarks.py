@@ -165,8 +165,8 @@ def snapshots(tmp_path_factory):
     return folder
 
 
-def learn(folder, *curves):
-    named = [part for curve in curves for part in ("--curve", curve)]
+def learn(folder, *curves, more=()):
+    named = [*more, *(part for curve in curves for part in ("--curve", curve))]
     small = ["--slices", "1", "--crop-to", "64", "--refinements", "0"]
     outputs = ["--out", folder / "learn.json", "--markdown", folder / "page.md"]
     return run("how_do_methods_learn.py", SCAN, *named, *small, *outputs)
@@ -208,6 +208,24 @@ def test_learning_curves_are_in_the_order_of_training_and_go_on(snapshots):
     )
     assert "![learn](learn.png)" in page and "nan" not in page and str(snapshots) not in page
     assert (snapshots / "learn.png").stat().st_size > 0
+
+
+def test_published_curves_stay_where_asked_if_they_are_of_the_same_scans(snapshots, tmp_path):
+    one, other = (f"{name}=ssdu:{snapshots / 'run' / f'step_{file}.safetensors'}" for name, file in ("ab", "bc"))
+    assert learn(tmp_path, one).returncode == 0
+    first = json.loads((tmp_path / "learn.json").read_text())
+    (tmp_path / "learn.rows.json").unlink()  # what is committed is left
+    assert learn(tmp_path, other, more=["--keep"]).returncode == 0
+    found = json.loads((tmp_path / "learn.json").read_text())
+    assert list(found["curves"]) == ["a", "b"] and found["curves"]["a"] == first["curves"]["a"]
+    assert "**a** (`ssdu`)" in (tmp_path / "page.md").read_text()
+    found["references"]["zero-filled"]["psnr_of_slices"][0] += 0.1  # of other scans
+    (tmp_path / "learn.json").write_text(json.dumps(found))
+    failed = learn(tmp_path, other, more=["--keep"])
+    assert failed.returncode != 0 and "no curves of the same scans" in failed.stderr
+    assert json.loads((tmp_path / "learn.json").read_text()) == found
+    assert learn(tmp_path, other).returncode == 0
+    assert list(json.loads((tmp_path / "learn.json").read_text())["curves"]) == ["b"]
 
 
 def test_what_is_said_of_a_curve():
