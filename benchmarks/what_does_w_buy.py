@@ -191,6 +191,7 @@ def main() -> None:
         )
         if same and fingerprint(before.get("settings", {})) == fingerprint(settings):
             record["cells"] = before["cells"]
+            record["anchors"] = before["anchors"] | record["anchors"]
     loaded: dict[str, Any] = {}
     common = {
         "law": RandomLines(options.acceleration, centre_fraction=options.centre),
@@ -322,7 +323,8 @@ def write_page(options: argparse.Namespace, record: dict[str, Any], drawn: dict[
         if all(key in row for row in cells.values())
     )
     apart = "distance to people not trained on"
-    apart = f"To {apart[12:]}:\n\n{table(apart, '.2f')}\n" if options.unseen else ""
+    known = any(apart in row for row in cells.values())
+    apart = f"To {apart[12:]}:\n\n{table(apart, '.2f')}\n" if known else ""
     others = "".join(f"; then {spelled(name)}" for name in besides)
     steps = ", ".join(map(str, options.steps))
     note = f" {options.note}" if options.note else ""
