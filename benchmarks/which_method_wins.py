@@ -334,7 +334,7 @@ def share_out(options: argparse.Namespace, done: dict[str, dict[str, Any]]) -> t
                 name = hashlib.sha256(label.encode()).hexdigest()[:8]
                 out = options.out.with_name(f"{options.out.stem}.part_{name}.json")
                 part = out.with_suffix(".rows.json")
-                if not part.exists():
+                if options.fresh or options.tune_again or not part.exists():  # else of a run that was cut off
                     write_manifest(part, {"rows": done})
                 for picture in kept.parent.glob(f"{kept.stem}.*.npy") if label in PANEL else ():
                     shutil.copy(picture, picture.with_name(picture.name.replace(kept.stem, part.stem)))

@@ -118,6 +118,14 @@ def test_what_processes_finished_is_kept_when_one_fails(tmp_path):
     assert not (tmp_path / "result.json").exists()
     kept = json.loads((tmp_path / "result.rows.json").read_text())["rows"]
     assert {row["method"] for row in kept.values()} == {"zero-filled"}
+    (part,) = tmp_path.glob("result.part_*.rows.json")
+    stale = {key: row | {"psnr": 99.0} for key, row in kept.items()}  # what a run that was cut off may leave
+    part.write_text(json.dumps({"rows": stale}))
+    arguments[arguments.index("--weights") : arguments.index("--out")] = ["--fresh"]
+    again = run(*arguments)
+    assert again.returncode == 0, again.stderr
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert {row["method"] for row in rows} == {"zero-filled", "ssdu"} and max(row["psnr"] for row in rows) < 99
 
 
 def test_a_fresh_run_forgets_rows_and_not_what_was_tuned(quick, tmp_path):
