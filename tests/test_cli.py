@@ -635,7 +635,7 @@ def test_info_tells_how_shipped_weights_were_trained():
     weights = Path(msmri.__file__).parent / "weights"
     told = invoke("info", weights / "brain_r4.safetensors").stdout
     _, header = load_checkpoint(weights / "brain_r4.safetensors")
-    assert len(header["stages"]) == 4
+    assert len(header["stages"]) == 5
     for number, stage in enumerate(header["stages"], 1):
         (steps,) = [line.split(maxsplit=2)[2] for line in told.splitlines() if line.startswith(f"  stage {number} ")]
         assert steps.startswith(f"{stage['step']} steps")
