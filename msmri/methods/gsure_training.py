@@ -1,7 +1,7 @@
 """Diffusion from corrupted images by the generalised SURE: a denoiser of whole images that sees what was measured."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -29,8 +29,7 @@ class GSURELoss:
     not needed. Written for sigma, the noise in each real component, in place of a variance-preserving ladder.
 
     What is learned is E[x | u] of images with holes full of noise, on their measured places; drawing and restoring then
-    show D images without holes, which it never saw. That step has no proof, in the paper neither: a network that fills
-    no holes will do for it, one that uses the holes' noise will not. Every place has to be as likely to be measured as
+    show D images without holes, which it never saw, and nothing here makes sure that it is as good on those. Every place has to be as likely to be measured as
     any other; else errors should be weighted by the inverse of that, which is not done here.
     """
 
@@ -39,8 +38,6 @@ class GSURELoss:
     sigma_min: float = 0.002  # lower levels are raised to this one, and to rho
     noise_std: float | None = None  # rho of every image, in units of the scaled image; None: the measurement's own
     step: float = 0.005  # length of the finite difference, in units of the scaled image
-
-    citation: ClassVar[str] = "Kawar et al., GSURE-based diffusion model training with corrupted data, 2023"
 
     def __post_init__(self) -> None:
         if not (self.sigma_spread > 0 and self.sigma_min > 0 and self.step > 0) or (self.noise_std or 0) < 0:
