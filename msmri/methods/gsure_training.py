@@ -29,8 +29,9 @@ class GSURELoss:
     not needed. Written for sigma, the noise in each real component, in place of a variance-preserving ladder.
 
     What is learned is E[x | u] of images with holes full of noise, on their measured places; drawing and restoring then
-    show D images without holes, which it never saw, and nothing here makes sure that it is as good on those. Every place has to be as likely to be measured as
-    any other; else errors should be weighted by the inverse of that, which is not done here.
+    show D images without holes, which it never saw, and nothing here makes sure that it is as good on those. Every
+    place has to be as likely to be measured as any other; else errors should be weighted by the inverse of that, which
+    is not done here.
     """
 
     sigma_mean: float = -1.2  # of log sigma
