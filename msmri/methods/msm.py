@@ -107,6 +107,10 @@ class MSM(FromPrior):
     renewal: Literal["ancestral", "constant"] = "ancestral"  # fresh noise by the size of the step, or always eta
     adapt: bool = True  # weigh what the prior's networks add by how well they predict hidden lines of the scan itself,
     # where the prior can tell (the shipped one can)
+    conditional_mean: float = (
+        0.5  # with ``adapt``, how far the mean of the samples is moved to the prior's own estimate
+    )
+    # from all measured lines, whose error is another one; the spread of the samples stays
     calibrate: bool = True  # with ``adapt``, scale the std to the error those hidden lines let expect
     start: Literal["mean", "warm", "noise"] | None = None  # the prior's estimate from the measured lines alone, or
     # CG-SENSE, plus noise of sigma_max, or noise alone; None: "mean" if the prior takes blank lines, else "warm"
@@ -123,8 +127,9 @@ class MSM(FromPrior):
         for field, known in CHOICES.items():
             if getattr(self, field) not in known and not (field == "start" and self.start is None):
                 raise InputError(f"msm: unknown {field} '{getattr(self, field)}'", mend=f"one of {', '.join(known)}")
-        if not 0 <= self.eta <= 1:
-            raise InputError(f"msm cannot use eta={self.eta}", mend="give 0 .. 1")
+        for field in ("eta", "conditional_mean"):
+            if not 0 <= getattr(self, field) <= 1:
+                raise InputError(f"msm cannot use {field}={getattr(self, field)}", mend="give 0 .. 1")
         lowest = 0 if self.schedule == "vp" else 1e-12
         if not lowest <= self.sigma_min < self.sigma_max:
             raise InputError(
@@ -168,6 +173,9 @@ class MSM(FromPrior):
             if not step.sigma > 0:
                 images.append(encoding.adjoint(step.estimate))
         stack = torch.cat(images).reshape(len(problem.values), self.samples, *images[0].shape[1:])
+        own = [one.image for one in judged if one.image is not None]
+        if self.conditional_mean > 0 and len(own) == len(problem.values):
+            stack = stack + self.conditional_mean * (torch.cat(own)[:, None] - stack.mean(1, keepdim=True))
         first = int(self._start(prior, problem) == "mean")
         details = {
             "NFE": self.masks_per_step * taken // (len(stack) * self.samples) + first,

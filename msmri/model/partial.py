@@ -23,6 +23,9 @@ _SMOOTHING = 0.01  # gradients below this count as noise
 _KEPT_CENTRE = 6 / 256  # share of the axes, around the centre, that is never hidden when networks are judged
 _ENOUGH = 13  # lines of the centre from which on maps are as good as ``map_error`` says
 _FULL_GAIN = 0.25  # share of what networks add that, if it explains hidden lines best, makes them count fully
+_SHARES = (0.0, 0.5, 1.0)  # of what networks add, tried on hidden lines where data correct the estimate afterwards
+_PULLS = (0.03, 0.1, 0.3, 1.0)  # strengths of that correction, 1 being that of the error that hidden lines tell
+_CORRECTION = 12  # its conjugate-gradient steps
 BLANK = 100.0  # noise level, in scaled units, at which a line says nothing
 _USUAL_SIDE = 160  # matrix (root of its area) that the number of iterations for sparse edges is meant for
 _FOLLOWING = (2, 8)  # reweightings and iterations of sparse edges that begin at those of the step before
@@ -60,27 +63,35 @@ def _ring(shape: tuple[int, int], device: torch.device) -> Tensor:
     return position.round().long().clamp(max=_RINGS - 1)
 
 
-def _expected_error(left: Tensor, hidden: Mask, mask: Mask, noise: Sigma, *, coils: int) -> Tensor:
-    """Give the mean square error of a pixel's magnitude to expect from what is left of the hidden lines (n, 1, ky, kx).
+def _by_ring(values: Tensor, where: Mask) -> Tensor:
+    """Sum (n, 1, ky, kx) over the places of ``where`` in each ring of k-space."""
+    where = where.expand(*where.shape[:-2], *values.shape[-2:])
+    places = _ring((values.shape[-2], values.shape[-1]), values.device).expand_as(where)[where]
+    return values.new_zeros(_RINGS).index_add_(0, places, values.expand_as(where)[where])
 
-    Rings in which nothing was hidden take what is left of the nearest ring inside them, or the first one outside.
+
+def _left_by_ring(left: Tensor, hidden: Mask) -> Tensor | None:
+    """Give the mean of what is left of hidden places (n, 1, ky, kx) in each ring; None if nothing was hidden.
+
+    Rings in which nothing was hidden take that of the nearest ring inside them, or the first one outside.
     """
-    shape = (left.shape[-2], left.shape[-1])
-    ring = _ring(shape, left.device)
-    hidden, missing, measured = (m.expand(-1, 1, *shape) for m in (hidden, ~mask, mask))
-
-    def by_ring(values: Tensor, where: Tensor) -> Tensor:
-        places = ring.expand_as(where)[where]
-        return left.new_zeros(_RINGS).index_add_(0, places, values.expand_as(where)[where])
-
-    one = left.new_ones(1)
-    count = by_ring(one, hidden)
-    mean = (by_ring(left, hidden) / count.clamp_min(1) - 2 * coils * noise.square().flatten()).clamp_min(0)
+    count = _by_ring(torch.ones_like(left), hidden)
     known = torch.nonzero(count).flatten()
     if len(known) == 0:
-        return left.new_zeros(())
+        return None
     nearest = (torch.searchsorted(known, torch.arange(_RINGS, device=left.device), right=True) - 1).clamp_min(0)
-    total = (mean[known[nearest]] * by_ring(one, missing)).sum() + 2 * noise.square().sum() * measured.sum()
+    return (_by_ring(left, hidden) / count.clamp_min(1))[known[nearest]]
+
+
+def _expected_error(left: Tensor, hidden: Mask, mask: Mask, noise: Sigma, *, coils: int) -> Tensor:
+    """Give the mean square error of a pixel's magnitude to expect from what is left of hidden lines (n, 1, ky, kx)."""
+    shape = (left.shape[-2], left.shape[-1])
+    missing, measured = (m.expand(-1, 1, *shape) for m in (~mask, mask))
+    rings = _left_by_ring(left, hidden)
+    if rings is None:
+        return left.new_zeros(())
+    mean = (rings - 2 * coils * noise.square().flatten()).clamp_min(0)
+    total = (mean * _by_ring(left.new_ones(1, 1, *shape), missing)).sum() + 2 * noise.square().sum() * measured.sum()
     return total / 2 / math.prod(shape)
 
 
@@ -89,6 +100,7 @@ class CrossValidation(NamedTuple):
 
     gain: Tensor  # (1, 1, 1, 1): how far the networks can be trusted, 0..1
     error: Tensor  # (1,): expected mean square error of a pixel's magnitude, in scaled units
+    image: Tensor | None = None  # (1, set, y, x): the estimate from all lines that hidden lines speak for
 
 
 class MeasurementPartial(nn.Module):
@@ -300,14 +312,76 @@ class MeasurementPartial(nn.Module):
         hidden = (group == torch.arange(splits, device=mask.device).reshape(-1, 1, 1, 1)) & mask
         state = torch.where(mask & ~hidden, values, torch.zeros((), dtype=values.dtype, device=values.device))
         sigma = torch.where(mask & ~hidden, noise, BLANK)
+        whole = torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
+        blank = torch.where(mask, noise, BLANK)
+        both = self.estimates(whole, torch.ones_like(mask), encoding, blank, centre=centre)
         first, last = self.estimates(state, torch.ones_like(hidden), encoding, sigma, centre=centre)
+        image = self._best(both, (first, last), whole, hidden, mask, encoding, noise, centre=centre)
         added = torch.where(hidden, encoding(last - first), 0)
         missing = torch.where(hidden, values - encoding(first), 0)
         energy = added.abs().square().sum()
         gain = (added.conj() * missing).real.sum() / energy.clamp_min(1e-30)
         gain = torch.where(energy > 0, (gain / _FULL_GAIN).clamp(0.0, 1.0), 1.0).reshape(1, 1, 1, 1)
         left = (missing - gain * added).abs().square().sum(-3, keepdim=True)
-        return CrossValidation(gain, _expected_error(left, hidden, mask, noise, coils=values.shape[-3]).reshape(1))
+        error = _expected_error(left, hidden, mask, noise, coils=values.shape[-3]).reshape(1)
+        return CrossValidation(gain, error, image)
+
+    def _best(
+        self,
+        whole: tuple[Image, Image],
+        parts: tuple[Image, Image],
+        values: KSpace,
+        hidden: Mask,
+        mask: Mask,
+        encoding: LinearOperator,
+        noise: Sigma,
+        *,
+        centre: Tensor | None,
+    ) -> Image | None:
+        """Choose how far networks and data count by hidden lines; give the estimate from all lines made in that way.
+
+        ``whole`` and ``parts`` are estimates without the networks and with them, from all lines (1, set, y, x) and with
+        each group of lines ``hidden`` (group, 1, ky or 1, kx). None if no line was hidden.
+        """
+        shape, coils = (values.shape[-2], values.shape[-1]), values.shape[-3]
+        wrong = self.wrong(centre) ** 2 * self.scan_variance(values, mask, noise.expand_as(mask)) / coils
+        weight = torch.where(mask, 1 / (noise.square() + wrong), 0.0)
+        kept = torch.where(hidden, 0.0, weight)
+        nothing = torch.zeros((), dtype=values.dtype, device=values.device)
+        position = radial_frequency(shape, values.device) / _REACH * (_RINGS - 1)
+
+        def left(image: Image) -> Tensor:
+            return torch.where(hidden, values - encoding(image), nothing).abs().square().sum(-3, keepdim=True)
+
+        least, best = math.inf, None
+        for share in _SHARES:
+            image = parts[0] + share * (parts[1] - parts[0])
+            rings = _left_by_ring(left(image), hidden)
+            if rings is None:
+                return None
+            chance = coils * noise.square().flatten()
+            variance = _interpolate((rings / 2 - chance).maximum(0.05 * chance).log(), position).exp()
+            for pull in (0.0, *_PULLS):
+                tried = self.correct(image, values, encoding, kept, pull * variance) if pull > 0 else image
+                if (total := float(left(tried).sum())) < least:
+                    least, best = total, (share, pull, variance)
+        if best is None:
+            return None
+        share, pull, variance = best
+        image = whole[0] + share * (whole[1] - whole[0])
+        return self.correct(image, values, encoding, weight, pull * variance) if pull > 0 else image
+
+    def correct(
+        self, image: Image, values: KSpace, encoding: LinearOperator, weight: Tensor, variance: Tensor
+    ) -> Image:
+        """Fit an estimate to the data: ``argmin_x sum_k weight |E x - s|^2 + |F (x - image)|^2 / variance``.
+
+        The posterior mean if the estimate is wrong by a stationary Gaussian error of ``variance`` (ky, kx) in each
+        real component of k-space and the data, ``weight`` being one over their variance on the mask, by theirs.
+        """
+        residual = encoding.adjoint(weight * (values - encoding(image)))
+        precision = (1 / variance).expand(len(image), 1, *variance.shape[-2:])
+        return image + self.solve(residual, encoding, weight, precision, iterations=_CORRECTION)
 
     def wrong(self, centre: Tensor | None) -> Tensor | float:
         """Tell how far coil maps are wrong that were found from so many lines of the centre, (b, 1, 1, 1).

@@ -415,6 +415,38 @@ def test_each_slice_has_a_gain_of_its_own():
     assert len(asked) == 3 and gains == [None, None] and found.shape == (3, 2, 6, 10)
 
 
+def test_samples_are_moved_to_the_prior_s_own_estimate():
+    one, *_ = problem(coils())
+    batch = replace(one, values=torch.cat([one.values, 2 * one.values]), mask=one.mask.expand(2, 1, 1, 10))
+    image = torch.arange(60.0).reshape(1, 1, 6, 10) + 1j
+
+    class Told:
+        answer = image
+
+        def cross_validate(self, values, mask, encoding, noise, rng, *, centre):
+            return CrossValidation(torch.ones(1, 1, 1, 1), torch.ones(1), self.answer)
+
+        def __call__(self, state, mask, encoding, sigma, gain=None):
+            return torch.where(mask, state, 0)
+
+    method = MSM(prior=Told(), steps=2, samples=3, conditional_mean=0.0)
+    plain = method(batch, generators(0, 2)).samples
+    for share in (0.25, 1.0):
+        moved = replace(method, conditional_mean=share)(batch, generators(0, 2)).samples
+        torch.testing.assert_close(moved - moved.mean(1, keepdim=True), plain - plain.mean(1, keepdim=True))
+        own = image[0] * batch.centre_scale().reshape(2, 1, 1)
+        torch.testing.assert_close(moved.mean(1), (1 - share) * plain.mean(1) + share * own)
+    unasked = replace(method, adapt=False)
+    torch.testing.assert_close(
+        replace(unasked, conditional_mean=1.0)(batch, generators(0, 2)).samples,
+        unasked(batch, generators(0, 2)).samples,
+    )
+    Told.answer = None  # a prior that cannot tell
+    torch.testing.assert_close(replace(method, conditional_mean=1.0)(batch, generators(0, 2)).samples, plain)
+    with pytest.raises(InputError, match=r"conditional_mean=1\.5"):
+        MSM(conditional_mean=1.5)
+
+
 def test_iterate_yields_what_a_call_does():
     measurement, *_ = problem(coils())
     method = MSM(**QUICK, samples=3, batch=2)
