@@ -36,7 +36,14 @@ from msmri.preparation import Preparation, measurements
 from msmri.report import markdown_table
 from msmri.tensors import generators
 
-ONE_STEP = {"steps": 1, "samples": 1, "sigma_max": 100.0, "masks_per_step": 1, "acceleration": 1.0}
+ONE_STEP = {
+    "steps": 1,
+    "samples": 1,
+    "sigma_max": 100.0,
+    "masks_per_step": 1,
+    "acceleration": 1.0,
+    "conditional_mean": 0.0,
+}
 PARTS: dict[str, dict[str, Any]] = {
     "default": {},
     "networks as trained, not weighed on the scan": {"adapt": False},
@@ -95,6 +102,12 @@ SETS: dict[str, tuple[str, str, dict[str, dict[str, Any]]]] = {
             for w, kind, covering in ((3, "dealt out", True), (3, "independent", False), (8, "independent", False))
             for mode in ("parallel", "sequential")
         },
+    ),
+    "estimate": (
+        "The prior's own estimate",
+        "The mean of the samples is moved by a share of the way to the prior's own estimate from all measured lines, "
+        "corrected by the data as hidden lines tell.",
+        DEFAULT | {f"share {share:g}": {"conditional_mean": share} for share in (0.0, 0.5, 1.0)},
     ),
     "likelihood": (
         "Likelihood",

@@ -45,6 +45,7 @@ PAPER: Mapping[str, Any] = {
     "data_weight": 2.0,
     "start": "noise",
     "include_measured": False,
+    "conditional_mean": 0.0,
     "samples": 1,
 }
 PAPER_RESTORATION: Mapping[str, Any] = {**PAPER, "masks_per_step": 2, "data_weight": 1.75, "covering": True}
