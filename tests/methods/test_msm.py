@@ -479,6 +479,7 @@ def test_paper_preset_runs_with_an_image_network():
     method = MSM.preset("paper", prior=prior)
     assert (method.steps, method.masks_per_step, method.eta, method.data_weight) == (200, 3, 0.85, 2.0)
     assert (method.schedule, method.start, method.include_measured, method.covering) == ("vp", "noise", False, False)
+    assert (method.likelihood, method.samples, method.conditional_mean) == ("gradient", 1, 0.0)
     levels = [float(step.sigma) for step in replace(method, steps=4).iterate(measurement, generators(0, 1))]
     assert levels == pytest.approx([*VPSchedule().sigmas[[500, 250, 0]].tolist(), 0.0], rel=1e-5)
     found = replace(method, steps=8)(measurement, generators(0, 1))
