@@ -193,8 +193,9 @@ class MSM(FromPrior):
         return Reconstruction(combine_sets(stack * unit), details, expected)
 
     def iterate(self, measurement: Measurement, rng: Rng) -> Iterator[Step]:
-        """Do what a call does and yield every step, in scaled k-space (sample, coil, ky, kx), for progress and figures.
+        """Sample as a call does and yield every step, in scaled k-space (sample, coil, ky, kx), for progress and figures.
 
+        What a call does with finished samples, scaling and ``conditional_mean``, is not done here.
         Samples are numbered slice by slice and come ``batch`` at a time, each group down the whole ladder to sigma 0.
         """
         problem = _Problem.of(measurement)
