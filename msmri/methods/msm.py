@@ -108,10 +108,8 @@ class MSM(FromPrior):
     renewal: Literal["ancestral", "constant"] = "ancestral"  # fresh noise by the size of the step, or always eta
     adapt: bool = True  # weigh what the prior's networks add by how well they predict hidden lines of the scan itself,
     # where the prior can tell (the shipped one can)
-    conditional_mean: float = (
-        0.5  # with ``adapt``, how far the mean of the samples is moved to the prior's own estimate
-    )
-    # from all measured lines, whose error is another one; the spread of the samples stays
+    conditional_mean: float = 0.5  # with ``adapt``, share of the way that the samples are moved, all by as much, from
+    # their mean to the prior's own estimate from all measured lines, where the prior can tell; 0: not at all
     calibrate: bool = True  # with ``adapt``, scale the std to the error those hidden lines let expect
     start: Literal["mean", "warm", "noise"] | None = None  # the prior's estimate from the measured lines alone, or
     # CG-SENSE, plus noise of sigma_max, or noise alone; None: "mean" if the prior takes blank lines, else "warm"
@@ -193,7 +191,7 @@ class MSM(FromPrior):
         return Reconstruction(combine_sets(stack * unit), details, expected)
 
     def iterate(self, measurement: Measurement, rng: Rng) -> Iterator[Step]:
-        """Sample as a call does and yield every step, in scaled k-space (sample, coil, ky, kx), for progress and figures.
+        """Sample as a call does; yield every step, in scaled k-space (sample, coil, ky, kx), for progress and figures.
 
         What a call does with finished samples, scaling and ``conditional_mean``, is not done here.
         Samples are numbered slice by slice and come ``batch`` at a time, each group down the whole ladder to sigma 0.
