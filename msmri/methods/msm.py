@@ -213,7 +213,7 @@ class MSM(FromPrior):
             one = problem.take(torch.tensor([number]))
             with torch.inference_mode():
                 asked = (one.values, one.mask, one.encoding, one.noise, *spawn(generator, 1))
-                found.append(ask(*asked, centre=one.centre))
+                found.append(ask(*asked, centre=one.centre, image=self.conditional_mean > 0))
         return found
 
     def _start(self, partial: PartialDenoiser, problem: "_Problem") -> str:

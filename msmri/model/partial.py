@@ -57,10 +57,14 @@ def _interpolate(table: Tensor, position: Tensor) -> Tensor:
     return table[low] + (position - low) * (table[low + 1] - table[low])
 
 
+def _among_rings(shape: tuple[int, int], device: torch.device) -> Tensor:
+    """Tell where places of k-space (ky, kx) lie among the rings, as a real number from the centre outwards."""
+    return radial_frequency(shape, device) / _REACH * (_RINGS - 1)
+
+
 def _ring(shape: tuple[int, int], device: torch.device) -> Tensor:
     """Number the rings of k-space (ky, kx) from the centre outwards, 0.._RINGS - 1."""
-    position = radial_frequency(shape, device) / _REACH * (_RINGS - 1)
-    return position.round().long().clamp(max=_RINGS - 1)
+    return _among_rings(shape, device).round().long().clamp(max=_RINGS - 1)
 
 
 def _by_ring(values: Tensor, where: Mask) -> Tensor:
@@ -187,7 +191,7 @@ class MeasurementPartial(nn.Module):
         trust = torch.where(mask, (prior / (prior + noise)).square(), 0.0).expand(len(state), 1, *shape)
         energy = state.abs().square().sum(-3, keepdim=True) / 2 - noise
         excess = torch.where(trust > 1e-6, trust * energy / prior, torch.zeros_like(trust))
-        position = radial_frequency(shape, prior.device) / _REACH * (_RINGS - 1)
+        position = _among_rings(shape, prior.device)
         ring = _ring(shape, prior.device).flatten()
         total = prior.new_zeros(len(state), _RINGS).index_add_(1, ring, excess.flatten(1))
         count = prior.new_zeros(len(state), _RINGS).index_add_(1, ring, trust.flatten(1))
@@ -280,6 +284,7 @@ class MeasurementPartial(nn.Module):
         *,
         splits: int = 4,
         centre: Tensor | None = None,
+        image: bool = True,
     ) -> CrossValidation:
         """Find how far the networks can be trusted on one scan, and what error to expect, from measured lines alone.
 
@@ -302,6 +307,8 @@ class MeasurementPartial(nn.Module):
             Scaled k-space (1, coil, ky, kx), its mask and the std of its noise (1, 1, 1, 1).
         centre
             Number of lines that the maps were found from (1, 1, 1, 1), as of :meth:`wrong`.
+        image
+            Whether to make the image, too.
         """
         group = torch.randint(0, splits, mask.shape, generator=rng)
         innermost = torch.ones(mask.shape[-2:], dtype=torch.bool)
@@ -312,11 +319,7 @@ class MeasurementPartial(nn.Module):
         hidden = (group == torch.arange(splits, device=mask.device).reshape(-1, 1, 1, 1)) & mask
         state = torch.where(mask & ~hidden, values, torch.zeros((), dtype=values.dtype, device=values.device))
         sigma = torch.where(mask & ~hidden, noise, BLANK)
-        whole = torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
-        blank = torch.where(mask, noise, BLANK)
-        both = self.estimates(whole, torch.ones_like(mask), encoding, blank, centre=centre)
         first, last = self.estimates(state, torch.ones_like(hidden), encoding, sigma, centre=centre)
-        image = self._best(both, (first, last), whole, hidden, mask, encoding, noise, centre=centre)
         added = torch.where(hidden, encoding(last - first), 0)
         missing = torch.where(hidden, values - encoding(first), 0)
         energy = added.abs().square().sum()
@@ -324,11 +327,11 @@ class MeasurementPartial(nn.Module):
         gain = torch.where(energy > 0, (gain / _FULL_GAIN).clamp(0.0, 1.0), 1.0).reshape(1, 1, 1, 1)
         left = (missing - gain * added).abs().square().sum(-3, keepdim=True)
         error = _expected_error(left, hidden, mask, noise, coils=values.shape[-3]).reshape(1)
-        return CrossValidation(gain, error, image)
+        best = self._best((first, last), values, hidden, mask, encoding, noise, centre=centre) if image else None
+        return CrossValidation(gain, error, best)
 
     def _best(
         self,
-        whole: tuple[Image, Image],
         parts: tuple[Image, Image],
         values: KSpace,
         hidden: Mask,
@@ -340,20 +343,21 @@ class MeasurementPartial(nn.Module):
     ) -> Image | None:
         """Choose how far networks and data count by hidden lines; give the estimate from all lines made in that way.
 
-        ``whole`` and ``parts`` are estimates without the networks and with them, from all lines (1, set, y, x) and with
-        each group of lines ``hidden`` (group, 1, ky or 1, kx). None if no line was hidden.
+        ``parts`` are the estimates (group, set, y, x) without the networks and with them where each group of lines in
+        turn is ``hidden`` (group, 1, ky or 1, kx). None if no line was hidden.
         """
         shape, coils = (values.shape[-2], values.shape[-1]), values.shape[-3]
+        nothing = torch.zeros((), dtype=values.dtype, device=values.device)
+        values = torch.where(mask, values, nothing)
         wrong = self.wrong(centre) ** 2 * self.scan_variance(values, mask, noise.expand_as(mask)) / coils
         weight = torch.where(mask, 1 / (noise.square() + wrong), 0.0)
         kept = torch.where(hidden, 0.0, weight)
-        nothing = torch.zeros((), dtype=values.dtype, device=values.device)
-        position = radial_frequency(shape, values.device) / _REACH * (_RINGS - 1)
+        position = _among_rings(shape, values.device)
 
         def left(image: Image) -> Tensor:
             return torch.where(hidden, values - encoding(image), nothing).abs().square().sum(-3, keepdim=True)
 
-        least, best = math.inf, None
+        tried = []
         for share in _SHARES:
             image = parts[0] + share * (parts[1] - parts[0])
             rings = _left_by_ring(left(image), hidden)
@@ -362,13 +366,12 @@ class MeasurementPartial(nn.Module):
             chance = coils * noise.square().flatten()
             variance = _interpolate((rings / 2 - chance).maximum(0.05 * chance).log(), position).exp()
             for pull in (0.0, *_PULLS):
-                tried = self.correct(image, values, encoding, kept, pull * variance) if pull > 0 else image
-                if (total := float(left(tried).sum())) < least:
-                    least, best = total, (share, pull, variance)
-        if best is None:
-            return None
-        share, pull, variance = best
-        image = whole[0] + share * (whole[1] - whole[0])
+                corrected = self.correct(image, values, encoding, kept, pull * variance) if pull > 0 else image
+                tried.append((float(left(corrected).sum()), share, pull, variance))
+        _, share, pull, variance = min(tried, key=lambda one: one[0])
+        blank = torch.where(mask, noise, BLANK)
+        first, last = self.estimates(values, torch.ones_like(mask), encoding, blank, centre=centre)
+        image = first + share * (last - first)
         return self.correct(image, values, encoding, weight, pull * variance) if pull > 0 else image
 
     def correct(

@@ -389,7 +389,7 @@ def test_each_slice_has_a_gain_of_its_own():
     asked, gains = [], []
 
     class Spy:
-        def cross_validate(self, values, mask, encoding, noise, rng, *, centre):
+        def cross_validate(self, values, mask, encoding, noise, rng, *, centre, image):
             asked.append((values, noise, float(torch.rand((), generator=rng))))
             assert centre.shape == (1, 1, 1, 1) and float(centre) == centre_width(mask)
             return CrossValidation(torch.full((1, 1, 1, 1), 0.1 * len(asked)), torch.full((1,), 0.04 * len(asked) ** 2))
@@ -423,8 +423,8 @@ def test_samples_are_moved_to_the_prior_s_own_estimate():
     class Told:
         answer = image
 
-        def cross_validate(self, values, mask, encoding, noise, rng, *, centre):
-            return CrossValidation(torch.ones(1, 1, 1, 1), torch.ones(1), self.answer)
+        def cross_validate(self, values, mask, encoding, noise, rng, *, centre, image):
+            return CrossValidation(torch.ones(1, 1, 1, 1), torch.ones(1), self.answer if image else None)
 
         def __call__(self, state, mask, encoding, sigma, gain=None):
             return torch.where(mask, state, 0)
