@@ -6,8 +6,9 @@ Samples of a prior are compared, by the Frechet distance on fixed scattering fea
 fully sampled scans: of people like those trained on, which is what a prior should draw, and with --unseen of people it
 has not seen. What a distance means is told by anchors: the references' other half, the references with random phases in
 k-space (noise of the very same spectrum), and, with --oracle, plain diffusion with a prior of clean images. --other
-names a second prior of the same data, --denser masks that show more lines than those trained on, both for one number
-of masks. With --inception, FID and KID as well. Interrupted, the same command goes on: every cell is written to the
+names a second prior of the same data, --denser masks that show more lines than those trained on, --extrapolate how
+far estimates are carried beyond those of halves of their masks (three passes a mask), all for one number of masks.
+With --inception, FID and KID as well. Interrupted, the same command goes on: every cell is written to the
 JSON as it comes, and its images to --work. A cell of the published JSON stands, too, though its images are gone: the
 few that the sheet shows are drawn again, and where its prior is not given now, none. A full run: --size 128
 --count 3000 --steps 10 20 50 200.
@@ -119,7 +120,8 @@ def main() -> None:
     parser.add_argument("--unseen", nargs="*", default=[], help="fully sampled scans of people not trained on")
     parser.add_argument("--other", type=Path, default=None, help="a second prior of undersampled data")
     parser.add_argument("--denser", nargs="*", type=float, default=[], help="draw by masks of these R besides")
-    parser.add_argument("--besides", type=int, default=2, help="masks a step of --other and --denser")
+    parser.add_argument("--extrapolate", nargs="*", type=float, default=[], help="draw with these g besides")
+    parser.add_argument("--besides", type=int, default=2, help="masks a step of --other, --denser and --extrapolate")
     parser.add_argument("--note", default="", help="what a reader of the page should know about this run")
     parser.add_argument("--oracle", type=Path, default=None, help="a prior of clean images, for plain diffusion")
     parser.add_argument("--masks", nargs="*", type=int, default=[1, 2, 3, 4, 8])
@@ -183,6 +185,9 @@ def main() -> None:
     for dense in options.denser:
         more = {"masks_per_step": options.besides, "law": RandomLines(dense, centre_fraction=options.centre)}
         cells += [(f"R={dense:g} w={options.besides} steps={n}", {**more, "steps": n}) for n in options.steps]
+    for g in options.extrapolate:
+        carried = {"masks_per_step": options.besides, "extrapolate": g}
+        cells += [(f"g={g:g} w={options.besides} steps={n}", {**carried, "steps": n}) for n in options.steps]
     if options.out.exists():
         before = json.loads(options.out.read_text("utf-8"))
         same = all(  # the scans themselves, and not their names alone
@@ -258,7 +263,8 @@ def in_words(record: dict[str, Any], masks: list[int], steps: list[int]) -> str:
             if not name.startswith("w=") and name.endswith(f" steps={n}"):
                 first, masks_, *_ = name.split()
                 who = {"oracle": "Clean-image diffusion", "other": f"The second prior, {masks_}"}.get(first)
-                text += f" {who or f'Masks of {first}, {masks_}'}: {row['distance']:.2f}."
+                carried = f"Extrapolated with {first}, {masks_}, three passes a mask" if first[:2] == "g=" else None
+                text += f" {who or carried or f'Masks of {first}, {masks_}'}: {row['distance']:.2f}."
         lines.append(text)
         for w, distance in zip(masks, found):
             passes.setdefault(w * n, []).append((distance, f"{n} x {w}"))
@@ -272,6 +278,8 @@ def in_words(record: dict[str, Any], masks: list[int], steps: list[int]) -> str:
 def spelled(name: str) -> str:
     """Say what cells beside those of the prior were drawn from."""
     kind = name.split()[0]
+    if kind.startswith("g="):
+        return f"estimates extrapolated with g = {kind[2:]}"
     return {"oracle": "the clean-image prior", "other": "the second prior"}.get(
         kind, kind.replace("R=", "masks of R = ")
     )

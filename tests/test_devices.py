@@ -533,6 +533,7 @@ def test_guided_sampling(scan, at, no_engine):
 GENERATIONS = {
     "default": lambda: Generation(partial(), steps=2, batch=2, masks_per_step=2),
     "sequential": lambda: Generation(partial(), steps=1, aggregate="sequential", masks_per_step=2),
+    "extrapolated": lambda: Generation(partial(), steps=1, masks_per_step=2, extrapolate=1.0),
     "paper": lambda: Generation.preset("paper", prior=published(), steps=2),
 }
 

@@ -67,17 +67,21 @@ def test_runs_and_goes_on_where_it_stopped(script, tmp_path, monkeypatch, capsys
     same, unseen, prior, oracle, out, page, work = where
     command = ["what_does_w_buy.py", same, "--unseen", unseen, "--prior", prior, "--oracle", oracle, "--other", prior]
     command += ["--masks", "1", "2", "--steps", "2", "--size", "32", "--count", "3", "--coils", "2", "--centre", "0.2"]
-    command += ["--denser", "2"]
+    command += ["--denser", "2", "--extrapolate", "1.5"]
     command += ["--work", work, "--out", out, "--markdown", page]
     later = command.index("--oracle")
     monkeypatch.setattr(sys, "argv", [*command[:later], *command[later + 2 :]])
     script.main()
-    said = "; then the second prior; then masks of R = 2; the last row"
+    said = "; then the second prior; then masks of R = 2; then estimates extrapolated with g = 1.5; the last row"
     assert said in Path(page).read_text("utf-8")
     monkeypatch.setattr(sys, "argv", command)
     script.main()
     told = Path(page).read_text("utf-8")  # in the order of the rows: what was drawn later comes below
-    assert "; then the second prior; then masks of R = 2; then the clean-image prior; the last row" in told
+    assert (
+    ordered = "then masks of R = 2; then estimates extrapolated with g = 1.5; then the clean-image prior; the last row"
+    assert f"; then the second prior; {ordered}" in told
+        in told
+    )
     first = json.loads(Path(out).read_text("utf-8"))
     assert set(first["cells"]) == {
         "w=1 steps=2",
@@ -85,9 +89,11 @@ def test_runs_and_goes_on_where_it_stopped(script, tmp_path, monkeypatch, capsys
         "oracle steps=2",
         "other w=2 steps=2",
         "R=2 w=2 steps=2",
+        "g=1.5 w=2 steps=2",
     }
     assert all(cell["distance to people not trained on"] > 0 for cell in first["cells"].values())
     text = Path(page).read_text("utf-8")
+    assert "Extrapolated with g=1.5, w=2, three passes a mask: " in text
     assert "falls " in text and "To people not trained on" in text and "20.0% centre" in text
     for name in ("generation_w", "generation_passes", "generation_sheet"):
         assert (tmp_path / "images" / f"{name}.png").stat().st_size > 1000
@@ -112,7 +118,7 @@ def test_runs_and_goes_on_where_it_stopped(script, tmp_path, monkeypatch, capsys
     )
     script.main()
     assert json.loads(Path(out).read_text("utf-8"))["cells"] == published
-    assert counts == [script.SHOWN] * 4  # w = 1, w = 2, the second prior and denser masks
+    assert counts == [script.SHOWN] * 5  # w = 1, w = 2, the second prior, denser masks, and carried beyond
     told = Path(page).read_text("utf-8")
     assert "| oracle steps=2 " in told and "then the clean-image prior" not in told
     monkeypatch.setattr(script, "draw", never)

@@ -46,6 +46,10 @@ def sample(
         bool | None, typer.Option("--covering/--independent", help="Deal the masks of a step, or draw each by itself.")
     ] = None,
     aggregate: Annotated[str | None, typer.Option(help="Masks of a step: parallel, or sequential.")] = None,
+    extrapolate: Annotated[
+        float | None,
+        typer.Option(help="Carry estimates beyond those of their masks' halves; three times the passes. 0 without it."),
+    ] = None,
     sigma_max: Annotated[float | None, typer.Option(help="Highest noise level, in units of the prior.")] = None,
     acceleration: Annotated[
         float | None,
@@ -95,7 +99,7 @@ def sample(
     if sigma_max is None and (pixels is not None or preset == "default"):
         sigma_max = (trained.get("loss") or {}).get("sigma_max")
     given = {"masks_per_step": masks, "steps": steps, "eta": eta, "covering": covering, "aggregate": aggregate}
-    given["sigma_max"] = sigma_max
+    given |= {"extrapolate": extrapolate, "sigma_max": sigma_max}
     given = {name: value for name, value in given.items() if value is not None}
     method = Generation.preset(preset, prior=model, law=chosen, batch=batch, **given)
     if pixels is None:

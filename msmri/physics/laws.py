@@ -90,6 +90,22 @@ class MaskLaw(ABC):
         masks = masks.reshape(n, *given.shape)
         return masks if include is None else masks.to(include.device) | include
 
+    def halve(self, mask: Mask, shape: tuple[int, int], rng: Generator) -> Bool[Tensor, "2 1 ky kx"]:
+        """Split a mask of a matrix of ``shape`` into two, each with half of its random places; the sure ones in both.
+
+        Raises
+        ------
+        InputError
+            If the law is one of patterns, whose halves would not be like its masks.
+        """
+        sure = self.inclusion_probability(shape) >= 1
+        chosen = (mask.cpu() & ~sure).flatten().nonzero().flatten()
+        order = chosen[torch.randperm(len(chosen), generator=rng)]
+        halves = (mask.cpu() & sure).flatten().repeat(2, 1)
+        for half, places in zip(halves, order.tensor_split(2), strict=True):
+            half[places] = True
+        return halves.reshape(2, *mask.shape).to(mask.device)
+
 
 def checked_centre(name: str, lines: int, size: int) -> int:
     """Give the number of central ``lines`` of the law ``name``; refuse more than the ``size`` there is."""

@@ -113,6 +113,10 @@ class RandomTiles(DroppingLaw):
         stack = torch.stack(masks)
         return stack if include is None else stack.to(include.device) | include
 
+    def halve(self, mask: Mask, shape: tuple[int, int], rng: Generator) -> Bool[Tensor, "2 1 y x"]:
+        """Refuse: single pixels are not tiles."""
+        raise InputError(f"masks of {self.name} cannot be halved", mend="do without extrapolation")
+
     def _shift(self, shape: tuple[int, int], rng: Generator) -> tuple[int, int]:
         self._require_room(shape)
         down, right = (int(torch.randint(0, math.ceil(size / self.grid), (), generator=rng)) for size in shape)

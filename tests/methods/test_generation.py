@@ -11,6 +11,8 @@ from msmri.model.partial import MeasurementPartial
 from msmri.physics.masks import FastMRIMagic, RandomLines
 from msmri.physics.operators import CoilFourier, Identity, Subsample
 from msmri.physics.tiles import RandomTiles
+from msmri.sampling.aggregate import ImagePartial, aggregate
+from msmri.sampling.reverse import Step
 from msmri.sampling.schedule import ancestral, karras, vp
 from msmri.tensors import generators, normal_like
 
@@ -262,6 +264,106 @@ def test_seeds():
     assert torch.equal(state, torch.get_rng_state())
 
 
+# --- carried beyond halves of the masks ----------------------------------------------------------------------------
+
+
+def correlated(columns):
+    """A stationary law along x whose lines of k-space tell of one another: images nonzero in the middle alone."""
+    place = torch.arange(columns) - columns // 2
+    spread = torch.exp(-0.5 * (place / 3.0) ** 2)
+    return torch.diag(spread.square() + 1e-4).to(torch.complex64)
+
+
+def test_extrapolated_samples_of_correlated_lines_come_nearer_to_the_prior():
+    """In the image every place is a Gaussian by itself; through one coil its lines of k-space are correlated."""
+    columns, n = 24, 600
+    cov = correlated(columns)
+    prior = GaussianDenoiser.from_covariance(torch.zeros(1, 1, columns, dtype=torch.complex64), cov)
+    encoding = CoilFourier(torch.ones(1, 1, 1, 1, columns, dtype=torch.complex64))
+    law = RandomLines(4.0, centre_fraction=0.0)
+    method = Generation(prior, steps=30, masks_per_step=4, law=law, sigma_max=10.0, batch=n, schedule="karras")
+
+    def apart(weight):
+        found = replace(method, extrapolate=weight)(encoding, (1, 1, columns), generators(0, n)).flatten(1)
+        power = float(found.abs().square().mean() / cov.diagonal().real.mean())
+        return float(torch.linalg.norm(found.T @ found.conj() / n - cov) / torch.linalg.norm(cov)), power
+
+    (narrow, little), (wider, more) = apart(0.0), apart(3.0)
+    assert wider < 0.7 * narrow and little < 0.1 and 0.4 < more < 1, (narrow, little, wider, more)
+
+
+def test_under_strong_noise_the_joint_estimate_is_at_twice_the_acceleration_less_one():
+    """There evidence adds up line by line, so that what half a mask lacks of a whole one tells what all lines add."""
+    columns, w, sigma = 16, 20000, 300.0
+    cov = correlated(columns)
+    prior = GaussianDenoiser.from_covariance(torch.zeros(1, 1, columns, dtype=torch.complex64), cov)
+    encoding = CoilFourier(torch.ones(1, 1, 1, 1, columns, dtype=torch.complex64))
+    order = torch.rand((w, columns), generator=torch.Generator().manual_seed(0)).argsort(-1).argsort(-1)
+    rank = order.reshape(w, 1, 1, 1, columns)
+    masks, halves = rank < 4, torch.stack([rank < 2, (rank >= 2) & (rank < 4)])  # R = 4
+    step = Step(sigma * normal((1, 1, columns), 4), torch.zeros(1, 1, 1, columns) + 0j, torch.tensor(sigma))
+    level, every = torch.full((1, 1, 1, 1), sigma), torch.ones(1, 1, 1, columns, dtype=torch.bool)
+    joint = ImagePartial(prior)(step.state, every, encoding, level)
+
+    def apart(weight):
+        found = aggregate(ImagePartial(prior), step, masks, encoding, level, halves=halves, extrapolate=weight)
+        return float(torch.linalg.norm(found - joint) / torch.linalg.norm(joint))
+
+    none = apart(0.0)
+    assert none > 0.5 and apart(6.0) < 0.05 and apart(2.0) == pytest.approx(none * (1 - 2 / 6), rel=0.02)
+
+
+def test_lines_that_tell_nothing_of_one_another_are_not_extrapolated():
+    cov = torch.diag(torch.linspace(0.2, 2, 6)).to(torch.complex64)
+    prior = GaussianDenoiser.from_covariance(
+        torch.zeros(1, 6, 10, dtype=torch.complex64), torch.kron(cov, torch.eye(10)).to(torch.complex64)
+    )
+    method = Generation(prior, steps=1, masks_per_step=2, batch=4, eta=0.0)
+    found = [
+        replace(method, extrapolate=g)(Identity(), (1, 6, 10), generators(0, 4), dtype=torch.complex64)
+        for g in (0.0, 3.0)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["parallel", "sequential"])
+def test_the_batch_never_changes_an_extrapolated_sample(mode):
+    method = Generation(Shrink(), steps=4, aggregate=mode, batch=5, extrapolate=2.0)
+    found = method(coils(5), (1, 6, 10), generators(0, 5))
+    for size in (1, 2, 3):
+        other = replace(method, batch=size)(coils(5), (1, 6, 10), generators(0, 5))
+        torch.testing.assert_close(other, found, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found, replace(method, extrapolate=0.0)(coils(5), (1, 6, 10), generators(0, 5)), atol=0.1)
+
+
+def test_halves_of_masks_are_passes_of_their_own():
+    seen = []
+
+    def spy(state, mask, encoding, sigma):
+        seen.append(mask)
+        return Subsample(mask)(0.0 * state + mask.sum(-1, keepdim=True))
+
+    law = RandomLines(2.0, centre_lines=4)
+    method = Generation(spy, steps=1, masks_per_step=2, batch=3, law=law, extrapolate=0.5)
+    step = list(method.iterate(Identity(), (1, 6, 40), generators(0, 3)))[-1]
+    whole, first, second = seen
+    centre = law.centre((6, 40))
+    assert torch.equal(first | second, whole) and torch.equal(first & second, centre.expand_as(whole))
+    assert int(((first & ~centre).sum(-1) - (second & ~centre).sum(-1)).abs().max()) <= 1
+    held, less = whole.sum(-1, keepdim=True), (first.sum(-1, keepdim=True) + second.sum(-1, keepdim=True)) / 2
+    each = torch.where(whole, held + 0.5 * (held - torch.where(centre, less, torch.where(
+        first, first.sum(-1, keepdim=True), second.sum(-1, keepdim=True)))), 0).reshape(2, 3, 1, 1, 40)  # fmt: skip
+    count = whole.reshape(2, 3, 1, 1, 40).sum(0)
+    expected = (each.sum(0) / count.clamp_min(1)).expand(3, 1, 6, 40)
+    torch.testing.assert_close(step.estimate.real, expected.float())
+
+
+def test_tiles_are_not_halved():
+    method = Generation(Shrink(), steps=1, law=RandomTiles.dropping(0.4), extrapolate=1.0)
+    with pytest.raises(InputError, match="random-tiles cannot be halved"):
+        method(Identity(), (3, 32, 32), generators(0, 1), dtype=torch.float32)
+
+
 # --- settings ------------------------------------------------------------------------------------------------------
 
 
@@ -292,6 +394,8 @@ def test_the_ladder_follows_the_prior():
         ({"steps": 0}, "steps=0"),
         ({"masks_per_step": 0}, "masks_per_step=0"),
         ({"eta": 1.5}, "eta=1.5"),
+        ({"extrapolate": -1.0}, "extrapolate=-1"),
+        ({"extrapolate": float("nan")}, "extrapolate=nan"),
         ({"aggregate": "both"}, "one of parallel, sequential"),
         ({"schedule": "linear"}, "one of karras, vp"),
         ({"sigma_max": 0.001}, "sigma_min"),
