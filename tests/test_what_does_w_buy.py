@@ -77,11 +77,8 @@ def test_runs_and_goes_on_where_it_stopped(script, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(sys, "argv", command)
     script.main()
     told = Path(page).read_text("utf-8")  # in the order of the rows: what was drawn later comes below
-    assert (
     ordered = "then masks of R = 2; then estimates extrapolated with g = 1.5; then the clean-image prior; the last row"
     assert f"; then the second prior; {ordered}" in told
-        in told
-    )
     first = json.loads(Path(out).read_text("utf-8"))
     assert set(first["cells"]) == {
         "w=1 steps=2",
