@@ -177,6 +177,17 @@ def test_published_weights_of_photographs_draw_colours_from_dealt_tiles(tmp_path
     assert "4 real channels" in line and "published.pt" in line
 
 
+def test_estimates_carried_beyond_halves_of_masks(tmp_path, prior):
+    drawn = []
+    for weight in ("0", "2"):
+        out = tmp_path / weight
+        invoke("sample", "-o", out, "--prior", prior, *SMALL, "--count", "1", "--extrapolate", weight)
+        told = json.loads((out / "samples.json").read_text())["settings"]["method"]["extrapolate"]
+        assert told == float(weight)
+        drawn.append(read_samples(out / "samples.h5"))
+    assert bool(torch.isfinite(drawn[1].abs()).all()) and not torch.allclose(*drawn)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -184,6 +195,7 @@ def test_published_weights_of_photographs_draw_colours_from_dealt_tiles(tmp_path
         (["--size", "8x64"], "cannot read --size 8x64"),
         (["--count", "0"], "--count 0 is too small"),
         (["--eta", "2"], "eta=2"),
+        (["--extrapolate", "-1"], "extrapolate=-1"),
         (["--masks", "0"], "masks_per_step=0"),
         (["--law", "spiral"], "no mask law 'spiral'"),
         (["--preset", "fast"], "no preset 'fast'"),
