@@ -162,7 +162,14 @@ DPS = {"samples": 1, "steps": 2, "sigma_max": None, "sigma_min": 0.004, "likelih
 DDNM = {"samples": 1, "steps": 2, "sigma_max": None, "sigma_min": 0.004, "eta": 0.85}
 ORACLES = {"dps": DPS, "ddnm": DDNM}
 TOLD = {  # what the manifest must tell of the sampler, after two steps instead of 200
-    "brain64_generate": {"masks_per_step": 8, "eta": 1.0, "covering": True, "schedule": None, "sigma_max": 30.0},
+    "brain64_generate": {
+        "masks_per_step": 3,
+        "extrapolate": 2.0,
+        "eta": 1.0,
+        "covering": True,
+        "schedule": None,
+        "sigma_max": 30.0,
+    },
     "mri256_csmri": POSTERIOR | {"masks_per_step": 3, "data_weight": 2.0, "covering": False},
     "mri256_generate": {"masks_per_step": 3, "eta": 1.0, "covering": False, "schedule": "vp", "renewal": "constant"},
     "mri256_generate_oracle": {"masks_per_step": 1, "eta": 1.0, "schedule": None, "sigma_max": None},
@@ -175,7 +182,7 @@ NOISY = {f"{name}_noisy": name for name in TOLD if "oracle" not in name and not 
 TOLD |= {name: TOLD[twin] for name, twin in NOISY.items()}
 TOLD |= {name: ORACLES for name in ("mri256_csmri_oracle", "photos128_box_oracle", "photos128_super_resolution_oracle")}
 DRAWN = {  # what sample says before it begins
-    "brain64_generate": ("64 x 64", "50 steps from sigma 30 to 0.01", "8 masks a step of random lines: nominal 4.00"),
+    "brain64_generate": ("64 x 64", "50 steps from sigma 30 to 0.01", "3 masks a step of random lines: nominal 4.00"),
     "mri256_generate": ("256 x 256", "200 steps from sigma 1", "3 masks a step of random lines: nominal 4.00"),
     "mri256_generate_oracle": ("256 x 256", "200 steps from sigma 10 to 0.01", "1 masks a step of random lines: nomin"),
     "photos128_generate": ("128 x 128", "200 steps from sigma 1", "3 masks a step of random tiles: nominal 1.67"),
