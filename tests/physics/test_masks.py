@@ -367,6 +367,19 @@ def test_covering_masks_include_what_they_must_and_deal_the_rest(width, rows, n,
     assert int(dealt.max()) - int(dealt.min()) <= 1
 
 
+@pytest.mark.parametrize("law", [law for law in INSTANCES if law.name != "random-tiles"], ids=str)
+def test_halves_share_what_is_sure_and_split_the_rest_evenly(law):
+    shape = (37, 41)
+    sure = law.inclusion_probability(shape) >= 1
+    for seed in range(5):
+        mask = law.draw(shape, rng(seed))
+        first, second = halves = law.halve(mask, shape, rng(seed))
+        assert halves.dtype == torch.bool and halves.shape == (2, *mask.shape)
+        assert torch.equal(first | second, mask) and torch.equal(first & second, mask & sure)
+        assert 0 <= int(first.sum()) - int(second.sum()) <= 1
+        assert torch.equal(halves, law.halve(mask, shape, rng(seed)))
+
+
 def test_covering_masks_keep_the_law():
     law, shape, draws = RandomLines(4, centre_lines=4), (6, 32), 500
     probability = law.inclusion_probability(shape)
