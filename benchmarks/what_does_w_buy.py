@@ -263,7 +263,9 @@ def in_words(record: dict[str, Any], masks: list[int], steps: list[int]) -> str:
             if not name.startswith("w=") and name.endswith(f" steps={n}"):
                 first, masks_, *_ = name.split()
                 who = {"oracle": "Clean-image diffusion", "other": f"The second prior, {masks_}"}.get(first)
-                carried = f"Extrapolated with {first}, {masks_}, three passes a mask" if first[:2] == "g=" else None
+                carried = (
+                    f"Extrapolated with {first}, {masks_}, three passes a mask" if first.startswith("g=") else None
+                )
                 text += f" {who or carried or f'Masks of {first}, {masks_}'}: {row['distance']:.2f}."
         lines.append(text)
         for w, distance in zip(masks, found):

@@ -52,7 +52,7 @@ class Generation(FromPrior):
     covering: bool = True  # deal the masks of a step so that they reach most lines together; False: independent
     aggregate: Literal["parallel", "sequential"] = "parallel"  # how the masks of a step are run
     extrapolate: float = 0.0  # g: how far estimates are carried beyond those of their masks' halves, at three times the
-    # passes; 0 as in the paper. Above some 3 edges turn harsh
+    # passes; 0 as in the paper. At 4 drawn brains were harsh
     eta: float = 1.0  # share of fresh noise a step, 0 .. 1; 0 is deterministic but for the masks
     renewal: Literal["ancestral", "constant"] = "ancestral"  # fresh noise by the size of the step, or always eta
     schedule: Literal["karras", "vp"] | None = None  # EDM's ladder (rho 7), or every n-th of the levels trained on;
@@ -188,10 +188,11 @@ class Generation(FromPrior):
             masks = torch.stack([draw(generator) for generator in rng], 1)
             sigma = step.sigma.reshape(1, 1, 1, 1)
             streams = rng if self.eta > 0 else None
-            more: dict[str, Any] = {"rng": streams, "eta": self.eta, "repeated": repeated}
-            if self.extrapolate:
-                more |= {"halves": halve(masks), "extrapolate": self.extrapolate}
-            return aggregate(partial, step, masks, encoding, sigma, self.aggregate, **more)
+            halves, g = (halve(masks) if self.extrapolate else None), self.extrapolate
+            return aggregate(
+                partial, step, masks, encoding, sigma, self.aggregate,
+                rng=streams, eta=self.eta, repeated=repeated, halves=halves, extrapolate=g,
+            )  # fmt: skip
 
         eta = schedule.ancestral(sigmas, self.eta) if self.renewal == "ancestral" else self.eta
         begin = float(sigmas[0]) * normal_like(start, rng)

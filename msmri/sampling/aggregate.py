@@ -76,7 +76,7 @@ def aggregate(
     repeated
         ``encoding`` for w copies of the batch one after another, where the caller keeps it; made here without.
     halves
-        Bool (2, w, batch, 1, 1 or ky, kx), the two halves of each mask, for ``extrapolate``.
+        Bool (2, w, batch, 1, 1 or ky, kx), the two halves of each mask; without them nothing is extrapolated.
     extrapolate
         g: how far an estimate is carried beyond the halves' own, see :func:`extrapolated`. Needs ``halves``.
     """
@@ -125,10 +125,10 @@ def extrapolated(
     halves
         Bool (2, batch, 1, 1 or ky, kx); a place in both gets the mean of both estimates.
     weight
-        g. Three network passes in place of one unless it is 0.
+        g, by which the gain is weighted. With halves there are three network passes in place of one.
     """
     whole = partial(state, mask, encoding, sigma)
-    if halves is None or weight == 0:
+    if halves is None:
         return whole
     parts = [Subsample(half)(partial(state, half, encoding, sigma)) for half in halves]
     less = (parts[0] + parts[1]) / halves.sum(0).clamp_min(1)

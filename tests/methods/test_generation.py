@@ -283,11 +283,13 @@ def test_extrapolated_samples_of_correlated_lines_come_nearer_to_the_prior():
     law = RandomLines(4.0, centre_fraction=0.0)
     method = Generation(prior, steps=30, masks_per_step=4, law=law, sigma_max=10.0, batch=n, schedule="karras")
 
-    def apart(weight):
-        found = replace(method, extrapolate=weight)(encoding, (1, 1, columns), generators(0, n)).flatten(1)
+    def apart(weight, masks=4, n=n):
+        changed = replace(method, extrapolate=weight, masks_per_step=masks)
+        found = changed(encoding, (1, 1, columns), generators(0, n)).flatten(1)
         power = float(found.abs().square().mean() / cov.diagonal().real.mean())
         return float(torch.linalg.norm(found.T @ found.conj() / n - cov) / torch.linalg.norm(cov)), power
 
+    assert apart(0.0, masks=16, n=100)[1] < 0.1  # however many masks
     (narrow, little), (wider, more) = apart(0.0), apart(3.0)
     assert wider < 0.7 * narrow and little < 0.1 and 0.4 < more < 1, (narrow, little, wider, more)
 
