@@ -8,6 +8,7 @@ has not seen. What a distance means is told by anchors: the references' other ha
 k-space (noise of the very same spectrum), and, with --oracle, plain diffusion with a prior of clean images. --other
 names a second prior of the same data, --denser masks that show more lines than those trained on, --extrapolate how
 far estimates are carried beyond those of halves of their masks (three passes a mask), all for one number of masks.
+--second is a prior of images as --oracle is, but one that learned from reconstructions of undersampled scans.
 With --inception, FID and KID as well. Interrupted, the same command goes on: every cell is written to the
 JSON as it comes, and its images to --work. A cell of the published JSON stands, too, though its images are gone: the
 few that the sheet shows are drawn again, and where its prior is not given now, none. A full run: --size 128
@@ -124,6 +125,7 @@ def main() -> None:
     parser.add_argument("--besides", type=int, default=2, help="masks a step of --other, --denser and --extrapolate")
     parser.add_argument("--note", default="", help="what a reader of the page should know about this run")
     parser.add_argument("--oracle", type=Path, default=None, help="a prior of clean images, for plain diffusion")
+    parser.add_argument("--second", type=Path, default=None, help="a prior of reconstructions, for plain diffusion")
     parser.add_argument("--masks", nargs="*", type=int, default=[1, 2, 3, 4, 8])
     parser.add_argument("--steps", nargs="*", type=int, default=[10, 20, 50])
     parser.add_argument("--size", type=int, default=64)
@@ -145,11 +147,9 @@ def main() -> None:
     options = parser.parse_args()
 
     targets, names = references(options.scans, options.size, options.slices)
-    files = {"prior": options.prior or shipped_prior(draws=True)}
-    if options.oracle is not None:
-        files["oracle"] = options.oracle
-    if options.other is not None:
-        files["other"] = options.other
+    files: dict[str, Path] = {"prior": options.prior or shipped_prior(draws=True)}
+    whole = {"oracle": options.oracle, "second": options.second}  # priors of images, drawn from by plain diffusion
+    files |= {name: path for name, path in {**whole, "other": options.other}.items() if path is not None}
     told = ("size", "count", "coils", "acceleration", "centre", "aggregate", "independent", "eta", "sigma_max", "seed")
     settings = {name: getattr(options, name) for name in told}
     sums = {name: sha256(path) for name, path in files.items()}
@@ -176,9 +176,9 @@ def main() -> None:
         "cells": {},
     }
     cells = [(f"w={w} steps={n}", {"masks_per_step": w, "steps": n}) for n in options.steps for w in options.masks]
-    if options.oracle is not None:
-        plain: dict[str, Any] = {"masks_per_step": 1, "law": RandomLines(1.0), "covering": False, "prior": "oracle"}
-        cells += [(f"oracle steps={n}", {**plain, "steps": n}) for n in options.steps]
+    plain: dict[str, Any] = {"masks_per_step": 1, "law": RandomLines(1.0), "covering": False}
+    for name in [name for name in whole if name in files]:
+        cells += [(f"{name} steps={n}", {**plain, "prior": name, "steps": n}) for n in options.steps]
     if options.other is not None:
         second = {"masks_per_step": options.besides, "prior": "other"}
         cells += [(f"other w={options.besides} steps={n}", {**second, "steps": n}) for n in options.steps]
@@ -263,6 +263,7 @@ def in_words(record: dict[str, Any], masks: list[int], steps: list[int]) -> str:
             if not name.startswith("w=") and name.endswith(f" steps={n}"):
                 first, masks_, *_ = name.split()
                 who = {"oracle": "Clean-image diffusion", "other": f"The second prior, {masks_}"}.get(first)
+                who = "Diffusion of reconstructions" if first == "second" else who
                 carried = (
                     f"Extrapolated with {first}, {masks_}, three passes a mask" if first.startswith("g=") else None
                 )
@@ -282,9 +283,8 @@ def spelled(name: str) -> str:
     kind = name.split()[0]
     if kind.startswith("g="):
         return f"estimates extrapolated with g = {kind[2:]}"
-    return {"oracle": "the clean-image prior", "other": "the second prior"}.get(
-        kind, kind.replace("R=", "masks of R = ")
-    )
+    known = {"oracle": "the clean-image prior", "other": "the second prior", "second": "the prior of reconstructions"}
+    return known.get(kind, kind.replace("R=", "masks of R = "))
 
 
 def write_page(options: argparse.Namespace, record: dict[str, Any], drawn: dict[str, Tensor], targets: Tensor) -> None:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from msmri.cli import app
 from msmri.config import build, load_recipe
 from msmri.io import write_scan
+from msmri.io.output import ReconstructionWriter
 from msmri.io.restored import read_photo
 from msmri.model.checkpoint import load_checkpoint, read_header, save_checkpoint
 from msmri.model.prior import load_prior
@@ -74,6 +75,12 @@ def write_data(node, folder):
         node |= {"path": str(folder / "photos.npz"), "size": 16}
         return 7, 3
     scan = phantom_measurement((32, 28), coils=10)
+    if node["use"].endswith(":ReconstructedScans"):
+        with ReconstructionWriter(folder / "scan.h5", len(scan.target), (32, 28)) as writer:
+            for index, image in enumerate(scan.target):
+                writer.write(index, image.to(torch.complex64))
+        node["path"] = str(folder)
+        return 2, 1
     full = node["use"].endswith(":FullScans")
     values = scan.encoding(scan.target[:, None].to(torch.complex64)) if full else scan.values
     write_scan(folder / "scan.h5", values, mask=None if full else scan.mask[:, 0].numpy())
@@ -301,6 +308,11 @@ def test_the_oracle_that_draws_is_the_twin_of_the_prior_with_holes():
     whole, holes = (load_recipe(ROOT / "recipes" / f"photos128_{name}.yaml") for name in ("oracle_vp", "msm"))
     assert all(whole[part] == holes[part] for part in ("model", "loss", "train"))
     assert (whole["data"]["path"], whole["data"]["size"]) == (holes["data"]["path"], holes["data"]["size"])
+
+
+def test_the_second_round_is_the_twin_of_the_oracle():
+    second, oracle = (load_recipe(ROOT / "recipes" / f"brain64_{name}.yaml") for name in ("second", "oracle"))
+    assert all(second[part] == oracle[part] for part in ("model", "loss", "train"))
 
 
 @pytest.mark.parametrize("name", ["mri256_r4_noisy", "photos128_msm_noisy"])

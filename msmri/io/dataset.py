@@ -13,10 +13,11 @@ from torch import Generator, Tensor
 from msmri.errors import InputError, InputWarning
 from msmri.io.fastmri import Scan, list_scans, open_scan
 from msmri.io.kspace import undersample
-from msmri.io.output import read_maps, write_maps
+from msmri.io.output import open_hdf5, read_maps, read_reconstruction, write_maps
 from msmri.measurement import Measurement
 from msmri.physics.coils import compress_coils, estimate_noise_std
 from msmri.physics.espirit import Espirit
+from msmri.physics.fourier import fft2c
 from msmri.physics.masks import MaskLaw, RandomLines, draw_masks, slice_seed
 from msmri.physics.operators import CoilFourier, Subsample
 from msmri.tensors import Mask
@@ -68,6 +69,14 @@ class _Scans:
     def __len__(self) -> int:
         return len(self.files)
 
+    def _slices(self, path: Path) -> list[Measurement]:
+        """Read all slices of a file."""
+        with open_scan(path) as opened:
+            scan = replace(opened, target_name=None)
+            slices = [scan.read(index) for index in range(scan.n_slices)]
+            self._check(scan, slices)
+        return slices
+
     def _check(self, scan: Scan, slices: list[Measurement]) -> None:
         """Refuse a scan that is not of the kind asked for; ``slices`` are all its slices."""
         raise NotImplementedError
@@ -95,10 +104,7 @@ class _Scans:
         if number in self._scans:
             return self._scans[number]
         path = self.files[number]
-        with open_scan(path) as opened:
-            scan = replace(opened, target_name=None)
-            slices = [scan.read(index) for index in range(scan.n_slices)]
-            self._check(scan, slices)
+        slices = self._slices(path)
         first = [self._first(item) for item in slices]
         held = [self._held(item, taken) for item, taken in zip(slices, first)]
         values, kept = (torch.cat([item.values for item in items]) for items in (first, held))
@@ -253,6 +259,38 @@ class FullScans(_Scans):
         if missing:
             mend = "give fully sampled scans, or read undersampled ones by TrainingScans"
             raise InputError(f"slice {missing[0]} is undersampled", mend=mend, path=scan.path)
+
+
+@dataclass
+class ReconstructedScans(_Scans):
+    """Slices as an earlier prior completed them: what ``msmri recon --samples 1`` wrote of undersampled scans.
+
+    One sample of the posterior of every training slice, from its own measured lines, in place of a clean image: with
+    these as data the prior of the next round is fitted to all that was measured, by expectation maximisation (Rozet et
+    al. 2024). Sampled, not averaged: means of many samples are too smooth to be taken for images.
+
+    Each slice is the k-space of its complex image, as measured by one coil that sees all alike. ``path`` holds the h5
+    files; with several folders, such as of several seeds, each slice is there as often. ``calibration`` makes the map,
+    of magnitude 1, and so says which phase the image is left with.
+    """
+
+    law: MaskLaw | None = None  # of the masks that samplers are to use: all of k-space is known here
+
+    map_files: ClassVar[str] = "{}_reconstructed_maps.h5"
+
+    def _slices(self, path: Path) -> list[Measurement]:
+        images = read_reconstruction(path, "reconstruction_complex")
+        if not images.is_complex() or not bool(torch.isfinite(torch.view_as_real(images)).all()):
+            mend = "reconstruct it again by msmri recon"
+            raise InputError("reconstruction_complex does not hold finite complex images", mend=mend, path=path)
+        with open_hdf5(path) as file:
+            averaged = "reconstruction_std" in file
+        if averaged:
+            mend = "reconstruct with --samples 1"
+            raise InputError("holds means of several samples, which are smoother than images", mend=mend, path=path)
+        everything = torch.ones(1, 1, 1, images.shape[-1], dtype=torch.bool)
+        kspace = fft2c(images)[:, None, None]
+        return [Measurement(one, everything, source=(f"{path.name}#{index}",)) for index, one in enumerate(kspace)]
 
 
 @dataclass

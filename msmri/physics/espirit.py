@@ -284,7 +284,8 @@ class Espirit:
     def __call__(self, kspace: KSpace, mask: Mask) -> Maps:
         """Estimate maps (batch, set, coil, y, x) of k-space (batch, coil, ky, kx) sampled by ``mask``.
 
-        Each slice is calibrated by itself, on its own mask. One coil needs no calibration: its map is 1 everywhere.
+        Each slice is calibrated by itself, on its own mask. One coil needs no calibration: its map is 1 everywhere, or
+        with ``phase_reference="image"`` the phase that the centre sees.
         Under ``sets="auto"`` the result has two sets when any slice needs them, the second one zero for the others.
 
         Raises
@@ -293,15 +294,17 @@ class Espirit:
             If the fully sampled centre is missing or less than 4 lines wide, all zero, or not finite.
         """
         n_batch, n_coils = kspace.shape[:2]
-        if n_coils == 1:
-            return kspace.new_ones(n_batch, 1, 1, *kspace.shape[-2:])
         masks = mask.expand(n_batch, *mask.shape[1:])
+        if n_coils == 1 and self.phase_reference != "image":
+            return kspace.new_ones(n_batch, 1, 1, *kspace.shape[-2:])
+        if n_coils == 1:
+            return torch.stack([self._phase(*one) for one in zip(kspace, masks, strict=True)])
         maps = [self._slice(kspace[i : i + 1], masks[i]) for i in range(n_batch)]
         sets = max(m.shape[1] for m in maps)
         return torch.cat([torch.cat([m, m.new_zeros(1, sets - m.shape[1], *m.shape[2:])], 1) for m in maps])
 
-    def _slice(self, kspace: KSpace, mask: Mask) -> Maps:
-        """Estimate the maps of a batch of one."""
+    def _region(self, kspace: KSpace, mask: Mask) -> tuple[int, int]:
+        """Give the rows and columns of the centre that are read."""
         rows, columns = (min(n, self.max_calibration) for n in calibration_region(mask, size(kspace)))
         narrow, needed = min(rows, columns), _SMALLEST_KERNEL + 1
         if narrow < needed:
@@ -309,10 +312,20 @@ class Espirit:
                 f"the calibration region is {narrow} lines wide, at least {needed} are needed",
                 mend="sample the centre of k-space fully or give maps with --maps",
             )
+        return rows, columns
+
+    def _phase(self, kspace: KSpace, mask: Mask) -> Maps:
+        """Give the map (set, coil, y, x) of one coil that leaves its image nearly real: k-space (coil, ky, kx)."""
+        seen = _low_resolution(calibration_block(kspace, *self._region(kspace, mask)), size(kspace))
+        return torch.polar(torch.ones_like(seen.real), seen.angle())[None]
+
+    def _slice(self, kspace: KSpace, mask: Mask) -> Maps:
+        """Estimate the maps of a batch of one."""
+        rows, columns = self._region(kspace, mask)
         maps, eigenvalues = espirit(
             kspace,
             calibration_width=(rows, columns),
-            kernel_width=min(self.kernel_width, max(_SMALLEST_KERNEL, narrow // 2 - 1)),
+            kernel_width=min(self.kernel_width, max(_SMALLEST_KERNEL, min(rows, columns) // 2 - 1)),
             threshold=self.threshold,
             crop=self.crop,
             sets=2 if self.sets == "auto" else self.sets,

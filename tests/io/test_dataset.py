@@ -7,12 +7,15 @@ import pytest
 import torch
 
 from msmri.errors import InputError
-from msmri.io.dataset import TrainingScans, UndersampledScans
+from msmri.io.dataset import ReconstructedScans, TrainingScans, UndersampledScans
 from msmri.io.fastmri import Scan, open_scan, write_scan
+from msmri.io.output import ReconstructionWriter
+from msmri.measurement import Measurement
 from msmri.methods.msm_training import LinewiseMSM
 from msmri.model.partial import MeasurementPartial, radial_frequency
 from msmri.physics.coils import estimate_noise_std
 from msmri.physics.espirit import Espirit
+from msmri.physics.fourier import fft2c
 from msmri.physics.masks import RandomLines, draw_masks, slice_seed
 from msmri.physics.operators import Subsample
 from msmri.physics.simulate import coil_maps, phantom, simulate_kspace
@@ -360,3 +363,64 @@ def test_nothing_outside_the_masks_reaches_the_loss(tmp_path, monkeypatch, redra
         if redraw:  # the poison is there: masks of their own would meet it
             allowed |= masks
             assert bool(look(number)[0].values.isnan().any())
+
+
+# reconstructed scans
+
+
+def completed(path, shape=(40, 36), *, slices=3, seed=0, std=False):
+    """Write what recon writes of a scan; give the complex images."""
+    rng = torch.Generator().manual_seed(seed)
+    magnitude = torch.stack([phantom(shape, rng) for _ in range(slices)])
+    ramp = torch.linspace(-1, 1, shape[1])
+    images = torch.polar(7.0 * magnitude, (1.5 * ramp).expand_as(magnitude))
+    with ReconstructionWriter(path, slices, shape, samples=1 + std) as writer:
+        for index, image in enumerate(images):
+            writer.write(index, image, std=magnitude[index] if std else None)
+    return images
+
+
+@pytest.mark.parametrize("shape", [(40, 36), (33, 41)])
+def test_reconstructions_are_scans_of_one_coil(tmp_path, shape):
+    images = completed(tmp_path / "a.h5", shape)
+    law = RandomLines(1.0)
+    batch = ReconstructedScans(str(tmp_path), law=law).batch(torch.Generator(), pixels=10**6)
+    order = [int(name.removeprefix("a.h5#")) for name in batch.source]
+    assert sorted(order) == [0, 1, 2] and bool(batch.mask.all()) and batch.target is None
+    assert batch.values.shape == (3, 1, *shape)
+    torch.testing.assert_close((batch.encoding.adjoint(batch.values) * batch.scale)[:, 0], images[order])
+    whole = Measurement(fft2c(images[order])[:, None], torch.ones(1, 1, 1, shape[1], dtype=torch.bool))
+    torch.testing.assert_close(batch.scale, whole.centre_scale())
+    real = ReconstructedScans(str(tmp_path), calibration=Espirit(phase_reference="image"))
+    found = real.batch(torch.Generator(), pixels=10**6)
+    assert found.source == batch.source
+    left = found.encoding.adjoint(found.values)[:, 0]
+    torch.testing.assert_close(left.abs(), images[order].abs() / batch.scale[:, 0], atol=1e-3, rtol=1e-3)
+    assert float(left.imag.norm() / left.norm()) < 0.2 < float(images.imag.norm() / images.norm())
+    assert bool(real.spectrum(torch.Generator()).isfinite().all())
+
+
+def test_samples_of_several_seeds_stand_side_by_side(tmp_path):
+    for seed in (1, 2):
+        completed(tmp_path / str(seed) / "a.h5", seed=seed)
+    data = ReconstructedScans([str(tmp_path / "1"), str(tmp_path / "2")], scans_per_batch=2)
+    assert len(data) == 2
+    sizes = {len(data.batch(torch.Generator().manual_seed(k), pixels=4 * 40 * 36).values) for k in range(9)}
+    assert sizes == {3, 4}  # one file or both
+
+
+def test_what_is_no_sample_is_refused(tmp_path):
+    def refused(match):
+        with pytest.raises(InputError, match=match):
+            ReconstructedScans(str(tmp_path)).batch(torch.Generator(), pixels=1)
+
+    completed(tmp_path / "a.h5", std=True)
+    refused(r"a\.h5: holds means of several samples, .*; reconstruct with --samples 1")
+    (tmp_path / "a.h5").unlink()
+    scan(tmp_path / "a.h5")
+    refused(r"a\.h5: has no dataset 'reconstruction_complex'")
+    completed(tmp_path / "b.h5", slices=1)
+    (tmp_path / "a.h5").unlink()
+    with h5py.File(tmp_path / "b.h5", "r+") as file:
+        file["reconstruction_complex"][0, 3, 3] = np.nan
+    refused(r"b\.h5: reconstruction_complex does not hold finite complex images")

@@ -22,6 +22,7 @@ from msmri.physics.coils import (
 )
 from msmri.physics.espirit import Espirit, espirit
 from msmri.physics.fourier import fft2c, ifft2c
+from msmri.physics.operators import CoilFourier
 from msmri.tensors import generators, normal_like
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -448,6 +449,24 @@ def test_missing_calibration_says_what_to_do(mask, width):
 def test_one_coil_needs_no_calibration():
     maps = Espirit(sets=2)(torch.zeros(2, 1, 9, 10, dtype=torch.complex64), lines(10))
     assert torch.equal(maps, torch.ones(2, 1, 1, 9, 10, dtype=torch.complex64))
+
+
+@pytest.mark.parametrize("shape", [(40, 36), (33, 41)])
+def test_one_coil_takes_the_phase_of_the_image_if_asked(shape):
+    y, x = torch.meshgrid(*(torch.linspace(-1, 1, n) for n in shape), indexing="ij")
+    phases = torch.stack([2.0 * y - x + 0.7, 1.5 * y * x])  # smooth
+    inside = (y.square() + x.square() < 0.8).float() * (1 + 0.5 * torch.sin(9 * x))
+    kspace = fft2c(torch.polar(inside.expand_as(phases), phases))[:, None]
+    mask = lines(shape[1], (shape[1] // 2 - 8, shape[1] // 2 + 8))
+    maps = Espirit(phase_reference="image")(torch.where(mask, kspace, torch.nan), mask)
+    assert maps.shape == (2, 1, 1, *shape)
+    torch.testing.assert_close(maps.abs(), torch.ones_like(maps.abs()))
+    image = CoilFourier(maps).adjoint(kspace)[:, 0]
+    left = image.imag[:, inside > 0].square().sum() / image.abs().square().sum()
+    assert float(left) < 0.01 < 0.3 < float(torch.polar(inside, phases[0]).imag.square().sum() / inside.square().sum())
+    assert bool((image.real[:, inside > 0] > 0).all())
+    with pytest.raises(InputError, match="calibration region is 2 lines wide"):
+        Espirit(phase_reference="image")(kspace, lines(shape[1], (shape[1] // 2 - 1, shape[1] // 2 + 1)))
 
 
 def test_two_sets_only_where_the_image_is_folded():
