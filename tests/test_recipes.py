@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import h5py
@@ -10,11 +11,14 @@ from typer.testing import CliRunner
 
 from msmri.cli import app
 from msmri.config import build, load_recipe
+from msmri.errors import InputError
 from msmri.io import write_scan
-from msmri.io.output import ReconstructionWriter
+from msmri.io.dataset import ReconstructedScans
+from msmri.io.output import ReconstructionWriter, sha256
 from msmri.io.restored import read_photo
 from msmri.model.checkpoint import load_checkpoint, read_header, save_checkpoint
-from msmri.model.prior import load_prior
+from msmri.model.prior import load_prior, shipped_prior
+from msmri.physics.operators import Subsample
 from msmri.testing import phantom_measurement
 from msmri.train import TrainSettings, _rate, train
 
@@ -27,6 +31,14 @@ RECIPES = [path for path in ALL if path not in OF_COMMANDS]  # of training
 @pytest.fixture(params=RECIPES, ids=lambda path: path.stem)
 def recipe(request):
     return load_recipe(request.param)
+
+
+def script_of(name):
+    """Load a script of recipes/."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
 
 
 def test_there_are_recipes():
@@ -394,10 +406,44 @@ def test_wrong_recipes_of_a_command(command, text, says, tmp_path):
     assert line.startswith("error: ") and says in line and not out.exists()
 
 
+def test_scans_are_completed_from_their_own_lines(tmp_path, monkeypatch, capsys):
+    script = script_of("complete_scans")
+    scan = phantom_measurement((32, 28), slices=2, noise_std=1e-3)
+    values = Subsample(scan.mask)(scan.values)
+    (tmp_path / "in").mkdir()
+    for name in ("a", "b"):
+        write_scan(tmp_path / "in" / f"{name}.h5", values, mask=scan.mask[:, 0].numpy())
+    command = ["complete_scans.py", str(tmp_path / "in"), str(tmp_path / "out"), "--steps", "2"]
+    monkeypatch.setattr(sys, "argv", [*command, "--part", "2/2"])
+    script.main()
+    assert [path.name for path in sorted((tmp_path / "out").iterdir())] == ["b.h5", "completed_2_of_2.json"]
+    before = (tmp_path / "out" / "b.h5").read_bytes()
+    monkeypatch.setattr(sys, "argv", command)
+    script.main()
+    assert (tmp_path / "out" / "b.h5").read_bytes() == before  # not drawn again
+    told = json.loads((tmp_path / "out" / "completed_1_of_1.json").read_text())
+    assert told["steps"] == 2 and told["prior"] == sha256(shipped_prior())
+    with h5py.File(tmp_path / "out" / "a.h5") as file:
+        images = torch.from_numpy(file["reconstruction_complex"][()])
+        assert "reconstruction_std" not in file
+    zero_filled = scan.encoding.adjoint(values)[:, 0].abs()
+    left, least = ((one - scan.target).norm() / scan.target.norm() for one in (images.abs(), zero_filled))
+    assert float(left) < 0.7 * float(least)
+    data = ReconstructedScans(str(tmp_path / "out"))
+    assert len(data) == 2 and data.batch(torch.Generator(), pixels=1).values.shape == (1, 1, 32, 28)
+    monkeypatch.setattr(sys, "argv", [*command[:2], str(tmp_path / "other"), "--steps", "2", "--seed", "1"])
+    script.main()
+    with h5py.File(tmp_path / "other" / "a.h5") as file:
+        assert np.abs(file["reconstruction_complex"][()] - images.numpy()).max() > 1e-3
+    whole = scan.encoding(scan.target[:, None].to(torch.complex64))
+    write_scan(tmp_path / "whole.h5", whole)
+    monkeypatch.setattr(sys, "argv", [*command[:1], str(tmp_path / "whole.h5"), *command[2:]])
+    with pytest.raises(InputError, match=r"whole\.h5: is fully sampled"):
+        script.main()
+
+
 def test_shipped_weights_name_the_data_and_licence_of_what_they_were_trained_on():
-    spec = importlib.util.spec_from_file_location("ship_weights", ROOT / "recipes" / "ship_weights.py")
-    ship = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(ship)
+    ship = script_of("ship_weights")
     shipped = sorted((ROOT / "msmri" / "weights").glob("*.safetensors"))
     assert len(shipped) > 10
     for path in shipped:
