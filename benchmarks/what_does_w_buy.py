@@ -8,7 +8,8 @@ has not seen. What a distance means is told by anchors: the references' other ha
 k-space (noise of the very same spectrum), and, with --oracle, plain diffusion with a prior of clean images. --other
 names a second prior of the same data, --denser masks that show more lines than those trained on, --extrapolate how
 far estimates are carried beyond those of halves of their masks (three passes a mask), all for one number of masks.
---second is a prior of images as --oracle is, but one that learned from reconstructions of undersampled scans.
+--second and --joint are priors of all lines at once, as --oracle is, that learned from reconstructions of undersampled
+scans, with the network of --oracle and with that of --prior.
 With --inception, FID and KID as well. Interrupted, the same command goes on: every cell is written to the
 JSON as it comes, and its images to --work. A cell of the published JSON stands, too, though its images are gone: the
 few that the sheet shows are drawn again, and where its prior is not given now, none. A full run: --size 128
@@ -126,6 +127,7 @@ def main() -> None:
     parser.add_argument("--note", default="", help="what a reader of the page should know about this run")
     parser.add_argument("--oracle", type=Path, default=None, help="a prior of clean images, for plain diffusion")
     parser.add_argument("--second", type=Path, default=None, help="a prior of reconstructions, for plain diffusion")
+    parser.add_argument("--joint", type=Path, default=None, help="the same with the network of --prior")
     parser.add_argument("--masks", nargs="*", type=int, default=[1, 2, 3, 4, 8])
     parser.add_argument("--steps", nargs="*", type=int, default=[10, 20, 50])
     parser.add_argument("--size", type=int, default=64)
@@ -147,8 +149,8 @@ def main() -> None:
     options = parser.parse_args()
 
     targets, names = references(options.scans, options.size, options.slices)
-    files: dict[str, Path] = {"prior": options.prior or shipped_prior(draws=True)}
-    whole = {"oracle": options.oracle, "second": options.second}  # priors of images, drawn from by plain diffusion
+    files: dict[str, Path] = {"prior": options.prior or shipped_prior().with_name("brain64_msm.safetensors")}
+    whole = {"oracle": options.oracle, "second": options.second, "joint": options.joint}  # drawn from all lines at once
     files |= {name: path for name, path in {**whole, "other": options.other}.items() if path is not None}
     told = ("size", "count", "coils", "acceleration", "centre", "aggregate", "independent", "eta", "sigma_max", "seed")
     settings = {name: getattr(options, name) for name in told}
@@ -262,8 +264,12 @@ def in_words(record: dict[str, Any], masks: list[int], steps: list[int]) -> str:
         for name, row in cells.items():
             if not name.startswith("w=") and name.endswith(f" steps={n}"):
                 first, masks_, *_ = name.split()
-                who = {"oracle": "Clean-image diffusion", "other": f"The second prior, {masks_}"}.get(first)
-                who = "Diffusion of reconstructions" if first == "second" else who
+                who = {
+                    "oracle": "Clean-image diffusion",
+                    "second": "Diffusion of reconstructions",
+                    "joint": "The first prior's network on reconstructions",
+                    "other": f"The second prior, {masks_}",
+                }.get(first)
                 carried = (
                     f"Extrapolated with {first}, {masks_}, three passes a mask" if first.startswith("g=") else None
                 )
@@ -283,7 +289,12 @@ def spelled(name: str) -> str:
     kind = name.split()[0]
     if kind.startswith("g="):
         return f"estimates extrapolated with g = {kind[2:]}"
-    known = {"oracle": "the clean-image prior", "other": "the second prior", "second": "the prior of reconstructions"}
+    known = {
+        "oracle": "the clean-image prior",
+        "second": "the prior of reconstructions",
+        "joint": "the first prior's network on reconstructions",
+        "other": "the second prior",
+    }
     return known.get(kind, kind.replace("R=", "masks of R = "))
 
 

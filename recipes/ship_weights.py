@@ -34,6 +34,12 @@ KINDS = {
         "k-space simulated from these volumes by recipes/simulate_brains.py, undersampled once at R = 4",
         SHARE_ALIKE,
     ),
+    "completed": (
+        BRAINS,
+        "k-space simulated from these volumes by recipes/simulate_brains.py, undersampled once at R = 4, and completed "
+        "by recipes/complete_scans.py from those lines alone",
+        SHARE_ALIKE,
+    ),
     "full": (BRAINS, "fully sampled k-space simulated from these volumes by recipes/simulate_brains.py", SHARE_ALIKE),
     "photos": (FACES, "pixels averaged to the size of the recipe, then degraded as the recipe says", "MIT"),
 }
@@ -42,7 +48,9 @@ KINDS = {
 def kind_of(recipe: dict[str, Any]) -> str:
     """Tell from a recipe what kind of data it trains on: whose licences the weights are under."""
     module, _, name = recipe["data"]["use"].partition(":")
-    return "photos" if module.endswith(".photos") else "full" if name == "FullScans" else "undersampled"
+    if module.endswith(".photos"):
+        return "photos"
+    return {"FullScans": "full", "ReconstructedScans": "completed"}.get(name, "undersampled")
 
 
 def main() -> None:

@@ -100,10 +100,14 @@ def write_data(node, folder):
     return 2, min(10, node.get("max_coils", 8))
 
 
-def test_a_shrunk_copy_trains(recipe, tmp_path):
+def test_a_shrunk_copy_trains(recipe, tmp_path, request):
     expected = write_data(recipe["data"], tmp_path / "data")
     shrink(recipe["model"])
     recipe["train"] |= {"steps": 2, "pixels": 1800}
+    if "start" in recipe:  # from weights of full size, which exist
+        build(load_recipe(ROOT / "recipes" / f"{request.node.callspec.id}.yaml")["model"]).load_state_dict(
+            {name: value.float() for name, value in load_checkpoint(ROOT / recipe.pop("start"))[0].items()}
+        )
     records = list(train(recipe, tmp_path / "run"))
     assert [r.step for r in records] == [1, 2] and all(-10 < r.loss < 100 and r.loss != 0 for r in records)
     _, header = load_checkpoint(tmp_path / "run" / "last.safetensors")
@@ -323,8 +327,11 @@ def test_the_oracle_that_draws_is_the_twin_of_the_prior_with_holes():
 
 
 def test_the_second_round_is_the_twin_of_the_oracle():
-    second, oracle = (load_recipe(ROOT / "recipes" / f"brain64_{name}.yaml") for name in ("second", "oracle"))
+    second, oracle, joint, first = (
+        load_recipe(ROOT / "recipes" / f"brain64_{name}.yaml") for name in ("second", "oracle", "joint", "msm")
+    )
     assert all(second[part] == oracle[part] for part in ("model", "loss", "train"))
+    assert second["data"] == joint["data"] and all(joint[part] == first[part] for part in ("model", "loss"))
 
 
 @pytest.mark.parametrize("name", ["mri256_r4_noisy", "photos128_msm_noisy"])

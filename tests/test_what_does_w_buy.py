@@ -35,10 +35,12 @@ def test_words_follow_the_numbers(script):
         "oracle steps=10": 1.5,
         "R=2 w=2 steps=10": 2.5,
         "second steps=10": 1.75,
+        "joint steps=10": 1.25,
     }
     text = script.in_words(record(falling), [1, 2, 4], [10])
     assert "5.00 -> 4.00 -> 3.00; falls 2 of 2 times, least at w = 4." in text
-    assert "Clean-image diffusion: 1.50. Masks of R=2, w=2: 2.50. Diffusion of reconstructions: 1.75." in text
+    assert "Clean-image diffusion: 1.50. Masks of R=2, w=2: 2.50." in text
+    assert "Diffusion of reconstructions: 1.75. The first prior's network on reconstructions: 1.25." in text
     rising = {"w=1 steps=10": 3.0, "w=2 steps=10": 3.5, "w=1 steps=20": 2.0, "w=2 steps=20": 1.0}
     text = script.in_words(record(rising), [1, 2], [10, 20])
     assert "falls 0 of 1 times, least at w = 1." in text and "falls 1 of 1 times, least at w = 2." in text
@@ -124,16 +126,18 @@ def test_runs_and_goes_on_where_it_stopped(script, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(sys, "argv", elsewhere)
     with pytest.raises(AssertionError, match="drawn again"):
         script.main()
-    monkeypatch.setattr(sys, "argv", [*command, "--second", oracle])  # a prior of images as the oracle is
+    monkeypatch.setattr(sys, "argv", [*command, "--second", oracle, "--joint", prior])  # of all lines, as the oracle is
     asked.clear()
     monkeypatch.setattr(
         script, "draw", lambda method, options, count: asked.append(method) or torch.rand(count, 32, 32)
     )
     script.main()
     whole = [one for one in asked if one.law.acceleration == 1]
-    assert [one.masks_per_step for one in whole] == [1, 1]  # the oracle's, for the sheet, and the new one's
-    assert "the prior of reconstructions; the last row" in Path(page).read_text("utf-8")
-    assert json.loads(Path(out).read_text("utf-8"))["cells"]["second steps=2"]["distance"] > 0
+    assert [one.masks_per_step for one in whole] == [1, 1, 1]  # the oracle's, for the sheet, and the new ones'
+    text = Path(page).read_text("utf-8")
+    assert "the prior of reconstructions; then the first prior's network on reconstructions; the last row" in text
+    found = json.loads(Path(out).read_text("utf-8"))["cells"]
+    assert found["second steps=2"]["distance"] > 0 and found["joint steps=2"]["distance"] > 0
     monkeypatch.setattr(script, "draw", never)
     monkeypatch.setattr(sys, "argv", [*command, "--centre", "0.3"])  # other masks: nothing of before counts
     with pytest.raises(AssertionError, match="drawn again"):

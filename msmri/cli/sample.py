@@ -119,7 +119,7 @@ def sample(
     ladder = method.ladder()
     typer.echo(
         f"{count} images of {shape[-2]} x {shape[-1]} from {path.name}: {len(ladder)} steps from sigma "
-        f"{float(ladder[0]):.3g} to {float(ladder[-1]):.3g}, {method.masks_per_step} masks a step of "
+        f"{float(ladder[0]):.3g} to {float(ladder[-1]):.3g}, {method.passes(chosen, shape[-2:])} masks a step of "
         f"{chosen.describe(shape[-2:])}"
     )
     if not dry_run:
@@ -173,7 +173,8 @@ def describe(method: "Generation") -> dict[str, Any]:
     import dataclasses
 
     fields = {f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.name not in ("prior", "batch")}
-    return {**fields, "law": {"name": method.law.name, **dataclasses.asdict(method.law)}}
+    law: Any = method.law_of()
+    return {**fields, "law": {"name": law.name, **dataclasses.asdict(law)}}
 
 
 def run(

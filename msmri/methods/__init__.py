@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -107,6 +107,7 @@ class FromPrior:
     """What samples with the partial denoiser that its field ``prior`` gives: a file, a denoiser, or the shipped one."""
 
     prior: Any
+    draws: ClassVar[bool] = False  # whether the shipped one is that to draw from
 
     @cached_property
     def _loaded(self) -> dict[str, PartialDenoiser]:
@@ -118,9 +119,9 @@ class FromPrior:
         if found is None or isinstance(found, (str, Path)):
             if (known := self._loaded.get(str(device))) is not None:
                 return known
-            from msmri.model.prior import load_prior
+            from msmri.model.prior import load_prior, shipped_prior
 
-            found = load_prior(found, device=str(device))
+            found = load_prior(shipped_prior(draws=self.draws) if found is None else found, device=str(device))
         self._loaded[str(device)] = ImagePartial(found) if hasattr(found, "denoise") else found
         return self._loaded[str(device)]
 

@@ -1,7 +1,7 @@
 """Unconditional generation: images drawn from a prior that only ever saw undersampled measurements."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -46,9 +46,11 @@ class Generation(FromPrior):
     """
 
     prior: str | Path | PartialDenoiser | Denoiser | None = None  # weights file or a denoiser; None: the shipped prior
+    # to draw from
     steps: int = 50  # noise levels
-    masks_per_step: int = 3  # w: network passes a step, each on a mask of its own
-    law: MaskLaw = field(default_factory=lambda: RandomLines(4.0))  # of the masks; that of the masks trained on
+    masks_per_step: int = 3  # w: network passes a step, each on a mask of its own; one where all masks show everything
+    law: MaskLaw | None = None  # of the masks; None: that which the prior tells, of the masks trained on, else random
+    # lines at R = 4
     covering: bool = True  # deal the masks of a step so that they reach most lines together; False: independent
     aggregate: Literal["parallel", "sequential"] = "parallel"  # how the masks of a step are run
     extrapolate: float = 0.0  # g: how far estimates are carried beyond those of their masks' halves, at three times the
@@ -57,11 +59,13 @@ class Generation(FromPrior):
     renewal: Literal["ancestral", "constant"] = "ancestral"  # fresh noise by the size of the step, or always eta
     schedule: Literal["karras", "vp"] | None = None  # EDM's ladder (rho 7), or every n-th of the levels trained on;
     # None: "vp" for networks that have such levels, as the published ones, else "karras"
-    sigma_max: float | None = None  # highest noise level; None: 10, for "vp" the highest of the ladder
+    sigma_max: float | None = None  # highest noise level; None: that which the prior tells, else 10, for "vp" the
+    # highest of the ladder
     sigma_min: float | None = None  # lowest noise level before 0; None: 0.01, for "vp" the lowest of the ladder
     batch: int = 4  # samples that go through the network at once, each with its masks_per_step masks if in parallel
 
     name: ClassVar[str] = "msm"
+    draws: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("steps", "masks_per_step", "batch"):
@@ -151,12 +155,13 @@ class Generation(FromPrior):
     ) -> Iterator[tuple[LinearOperator, Step]]:
         """Yield every step of every group of samples, with the encoding of the group."""
         matrix = (shape[-2], shape[-1])
-        if count := int(blind_spots(self.law, matrix).sum()):
+        partial = self._partial(device)
+        law = self.law_of(partial)
+        if count := int(blind_spots(law, matrix).sum()):
             raise InputError(
-                f"mask law {self.law.name} never reaches {count} places of a {matrix[0]} x {matrix[1]} matrix",
+                f"mask law {law.name} never reaches {count} places of a {matrix[0]} x {matrix[1]} matrix",
                 mend="use one that does, such as random-lines",
             )
-        partial = self._partial(device)
         for first in range(0, len(rng), self.batch):
             streams = rng[first : first + self.batch]
             chosen = take(encoding, torch.arange(first, first + len(streams)))
@@ -169,17 +174,18 @@ class Generation(FromPrior):
         """Run one group of samples down the ladder."""
         start = torch.zeros_like(encoding(blank))
         matrix, device = (start.shape[-2], start.shape[-1]), start.device
-        sigmas = self.ladder(partial)
-        repeated = take(encoding, torch.arange(len(start)).repeat(self.masks_per_step))
+        sigmas, law = self.ladder(partial), self.law_of(partial)
+        w, g = self.passes(law, matrix), (0.0 if _shows_all(law, matrix) else self.extrapolate)
+        repeated = take(encoding, torch.arange(len(start)).repeat(w))
 
         def draw(generator: Generator) -> Tensor:
             if self.covering:
-                return covering(self.law, matrix, self.masks_per_step, generator).to(device)
-            return torch.stack([self.law.draw(matrix, generator) for _ in range(self.masks_per_step)]).to(device)
+                return covering(law, matrix, w, generator).to(device)
+            return torch.stack([law.draw(matrix, generator) for _ in range(w)]).to(device)
 
         def halve(masks: Tensor) -> Tensor:
             split = [
-                torch.stack([self.law.halve(mask, matrix, generator) for mask in own], 1)
+                torch.stack([law.halve(mask, matrix, generator) for mask in own], 1)
                 for own, generator in zip(masks.unbind(1), rng, strict=True)
             ]
             return torch.stack(split, 2)  # (2, w, batch, ...)
@@ -188,7 +194,7 @@ class Generation(FromPrior):
             masks = torch.stack([draw(generator) for generator in rng], 1)
             sigma = step.sigma.reshape(1, 1, 1, 1)
             streams = rng if self.eta > 0 else None
-            halves, g = (halve(masks) if self.extrapolate else None), self.extrapolate
+            halves = halve(masks) if g else None
             return aggregate(
                 partial, step, masks, encoding, sigma, self.aggregate,
                 rng=streams, eta=self.eta, repeated=repeated, halves=halves, extrapolate=g,
@@ -198,12 +204,21 @@ class Generation(FromPrior):
         begin = float(sigmas[0]) * normal_like(start, rng)
         yield from reverse_diffusion(estimate, begin, sigmas, rng=rng, eta=eta)
 
+    def law_of(self, partial: PartialDenoiser | None = None) -> MaskLaw:
+        """Give the law of the masks for a prior, by default this one's own."""
+        prior: Any = self._partial(torch.device("cpu")) if partial is None else partial
+        return self.law or _told(prior, "law") or RandomLines(4.0)
+
+    def passes(self, law: MaskLaw, matrix: tuple[int, int]) -> int:
+        """Give the number of masks of a step: in parallel, those that show everything all say the same."""
+        return 1 if self.aggregate == "parallel" and _shows_all(law, matrix) else self.masks_per_step
+
     def ladder(self, partial: PartialDenoiser | None = None) -> Tensor:
         """Give the noise levels for a prior, by default this one's own: falling, without the final 0."""
         prior: Any = self._partial(torch.device("cpu")) if partial is None else partial
-        trained = getattr(getattr(prior, "denoiser", prior), "sigmas", None)
+        trained = _told(prior, "sigmas")
         if (self.schedule or ("karras" if trained is None else "vp")) == "karras":
-            high = HIGHEST if self.sigma_max is None else self.sigma_max
+            high = (_told(prior, "highest") or HIGHEST) if self.sigma_max is None else self.sigma_max
             return schedule.karras(high, LOWEST if self.sigma_min is None else self.sigma_min, self.steps)
         sigmas = schedule.vp(self.steps, VPSchedule().sigmas if trained is None else trained)
         if self.sigma_max is not None:
@@ -213,3 +228,14 @@ class Generation(FromPrior):
         if len(sigmas) == 0:
             raise InputError("generation: no level of schedule 'vp' is between sigma_min and sigma_max", mend="widen")
         return sigmas
+
+
+def _shows_all(law: MaskLaw, matrix: tuple[int, int]) -> bool:
+    """Tell whether every mask of a law holds every place."""
+    return bool((law.inclusion_probability(matrix) >= 1).all())
+
+
+def _told(prior: Any, name: str) -> Any:
+    """Read what a prior, or the denoiser in it, tells of its training; None if nothing."""
+    inner = getattr(getattr(prior, "denoiser", prior), name, None)
+    return getattr(prior, name, None) if inner is None else inner

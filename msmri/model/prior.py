@@ -54,7 +54,8 @@ def _tell_training(model: nn.Module, recipe: dict[str, Any]) -> None:
     """Write down what the prior was trained on where its recipe says so, for samplers.
 
     ``law`` is that of the masks of its training data, ``further`` what ambient training took away from those,
-    ``varied`` whether that was any number of lines, and ``levels`` mean and spread of the logarithm of noise levels.
+    ``varied`` whether that was any number of lines, ``levels`` mean and spread of the logarithm of noise levels, and
+    ``highest`` their end.
     """
     loss = recipe.get("loss") or {}
     nodes = {"law": (recipe.get("data") or {}).get("law"), "further": loss.get("further")}
@@ -63,5 +64,7 @@ def _tell_training(model: nn.Module, recipe: dict[str, Any]) -> None:
             if isinstance(node, dict):
                 setattr(model, name, build(node))
     model.varied = bool(isinstance(nodes["further"], dict) and nodes["further"].get("varied"))  # type: ignore[assignment]
+    if isinstance(loss.get("sigma_max"), (int, float)):
+        model.highest = float(loss["sigma_max"])  # type: ignore[assignment]
     if {"sigma_mean", "sigma_spread"} <= set(loss):
         model.levels = (float(loss["sigma_mean"]), float(loss["sigma_spread"]))  # type: ignore[assignment]

@@ -8,6 +8,7 @@ from msmri.errors import InputError
 from msmri.methods.generation import Generation
 from msmri.model.denoiser import ComplexChannels, EpsilonVP, GaussianDenoiser, VPSchedule
 from msmri.model.partial import MeasurementPartial
+from msmri.model.prior import load_prior, shipped_prior
 from msmri.physics.masks import FastMRIMagic, RandomLines
 from msmri.physics.operators import CoilFourier, Identity, Subsample
 from msmri.physics.tiles import RandomTiles
@@ -388,6 +389,52 @@ def test_the_ladder_follows_the_prior():
     assert (paper.masks_per_step, paper.eta, paper.renewal, paper.covering) == (3, 1.0, "constant", False)
     found = replace(paper, steps=3)(coils(), (1, 6, 10), generators(0, 3))
     assert found.shape == (3, 1, 6, 10)
+
+
+def test_what_the_prior_tells_of_its_training_is_followed_unless_something_else_is_asked_for():
+    class Telling(Shrink):
+        law, highest = RandomLines(2.0, centre_fraction=0.2), 30.0
+
+    partial = Telling()
+    assert Generation(Shrink()).law_of() == RandomLines(4.0)
+    assert Generation(partial).law_of() == partial.law
+    assert Generation(partial, law=RandomLines(3.0)).law_of() == RandomLines(3.0)
+    assert torch.equal(Generation(partial).ladder(), karras(30.0, 0.01, 50))
+    assert torch.equal(Generation(partial, sigma_max=4.0).ladder(), karras(4.0, 0.01, 50))
+    given = replace(Generation(partial, steps=3), law=partial.law, sigma_max=30.0)
+    images = (one(coils(), (1, 6, 10), generators(0, 2)) for one in (replace(given, law=None, sigma_max=None), given))
+    assert torch.equal(*images)
+
+
+def test_a_prior_inside_a_prior_tells_as_well():
+    class Around:
+        denoiser, law, highest = Shrink(), RandomLines(2.0), 7.0
+
+    assert Generation(Around()).law_of() == RandomLines(2.0) and float(Generation(Around()).ladder()[0]) == pytest.approx(7)
+
+
+def test_one_pass_does_where_every_mask_shows_everything():
+    asked = []
+
+    def partial(state, mask, encoding, sigma):
+        assert bool(mask.all())
+        asked.append(len(state))
+        return state / (1 + sigma.square())
+
+    whole = RandomLines(1.0)
+    method = Generation(partial, law=whole, steps=4, masks_per_step=3, extrapolate=2.0, batch=2)
+    found = method(Identity(), (1, 6, 10), generators(0, 2))
+    assert asked == [2] * 4 and method.passes(whole, (6, 10)) == 1
+    alone = replace(method, masks_per_step=1, extrapolate=0.0)(Identity(), (1, 6, 10), generators(0, 2))
+    assert torch.equal(found, alone)
+    assert method.passes(RandomLines(4.0), (6, 10)) == 3
+    assert replace(method, aggregate="sequential").passes(whole, (6, 10)) == 3  # each noises anew
+
+
+def test_the_shipped_prior_is_the_one_to_draw_from():
+    method = Generation()
+    assert float(method.ladder()[0]) == pytest.approx(30) and method.law_of() == load_prior(shipped_prior(draws=True)).law
+    assert not torch.equal(method.ladder(), Generation(load_prior()).ladder())
 
 
 @pytest.mark.parametrize(
