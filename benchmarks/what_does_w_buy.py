@@ -9,8 +9,8 @@ k-space (noise of the very same spectrum), and, with --oracle, plain diffusion w
 names a second prior of the same data, --denser masks that show more lines than those trained on, --extrapolate how
 far estimates are carried beyond those of halves of their masks (three passes a mask), all for one number of masks.
 --second and --joint are priors of all lines at once, as --oracle is, that learned from reconstructions of undersampled
-scans, with the network of --oracle and with that of --prior.
-With --inception, FID and KID as well. Interrupted, the same command goes on: every cell is written to the
+scans, with the network of --oracle and with that of --prior. With --against the distance to so many samples of --oracle
+is told, too. With --inception, FID and KID as well. Interrupted, the same command goes on: every cell is written to the
 JSON as it comes, and its images to --work. A cell of the published JSON stands, too, though its images are gone: the
 few that the sheet shows are drawn again, and where its prior is not given now, none. A full run: --size 128
 --count 3000 --steps 10 20 50 200.
@@ -44,6 +44,8 @@ from msmri.tensors import generators, spawn
 
 HERE = Path(__file__).parent
 SHOWN = 2  # images of a cell in the sheet
+FRESH = 10_000  # seeds of samples taken as references, beyond those of the cells
+AGAINST = "distance to samples of the clean-image prior"
 
 
 def references(paths: list[str], size: int, slices: int | None) -> tuple[Tensor, list[str]]:
@@ -126,6 +128,9 @@ def main() -> None:
     parser.add_argument("--besides", type=int, default=2, help="masks a step of --other, --denser and --extrapolate")
     parser.add_argument("--note", default="", help="what a reader of the page should know about this run")
     parser.add_argument("--oracle", type=Path, default=None, help="a prior of clean images, for plain diffusion")
+    parser.add_argument(
+        "--against", type=int, default=0, help="samples of --oracle, at 50 steps, as further references"
+    )
     parser.add_argument("--second", type=Path, default=None, help="a prior of reconstructions, for plain diffusion")
     parser.add_argument("--joint", type=Path, default=None, help="the same with the network of --prior")
     parser.add_argument("--masks", nargs="*", type=int, default=[1, 2, 3, 4, 8])
@@ -199,6 +204,7 @@ def main() -> None:
         if same and fingerprint(before.get("settings", {})) == fingerprint(settings):
             record["cells"] = before["cells"]
             record["anchors"] = before["anchors"] | record["anchors"]
+            record |= {"against": before["against"]} if "against" in before else {}
     loaded: dict[str, Any] = {}
     common = {
         "law": RandomLines(options.acceleration, centre_fraction=options.centre),
@@ -209,6 +215,23 @@ def main() -> None:
         "batch": options.batch,
     }
     drawn: dict[str, Tensor] = {}
+    clean = None
+    if options.against and options.oracle is not None:
+        shape = (options.against, options.size, options.size)
+        path = work / f"against_{options.against}_{sums['oracle'][:8]}.pt"
+        images = kept(path, shape)
+        if images is None:
+            loaded["oracle"] = load_prior(files["oracle"], device=options.device)
+            method = Generation(**{**common, **plain, "steps": 50, "prior": loaded["oracle"]})
+            images = draw(
+                method, argparse.Namespace(**{**vars(options), "seed": options.seed + FRESH}), options.against
+            )
+            with atomic(path) as part:
+                torch.save(images.half(), part)
+        clean = scattering_features(images.half().float())
+        record["against"] = {"count": options.against, "steps": 50, "sha256": sums["oracle"]}
+        found = frechet_distance(features, clean, rng=rng)
+        record["anchors"]["samples of the clean-image prior"] = {"distance": found.value, "floor": found.floor}
     for name, changes in cells:
         which = changes.get("prior", "prior")
         path = work / f"{name.replace(' ', '_')}_{sums[which][:8]}.pt"
@@ -235,6 +258,9 @@ def main() -> None:
             row |= judged(frechet_distance(features, found, rng=rng), found)
             if unseen is not None:
                 row["distance to people not trained on"] = frechet_distance(unseen, found, rng=rng).value
+        if clean is not None and len(images) == options.count and row.get("against") != sums["oracle"]:
+            row[AGAINST] = frechet_distance(clean, scattering_features(images), rng=rng).value
+            row["against"] = sums["oracle"]
         if options.inception is not None and "fid" not in row:
             row |= inception_distances(targets, images, weights=options.inception, device=options.device)
         record["cells"][name] = row
@@ -334,7 +360,7 @@ def write_page(options: argparse.Namespace, record: dict[str, Any], drawn: dict[
         for name, a in record["anchors"].items()
     ]
     anchors += [
-        {"images": name, "distance": row["distance"], "floor of such sets": row["floor"]}
+        {"images": name, "distance": row["distance"], "floor of such sets": row["floor"], AGAINST: row.get(AGAINST)}
         for name, row in cells.items()
         if not name.startswith("w=")
     ]
@@ -343,9 +369,13 @@ def write_page(options: argparse.Namespace, record: dict[str, Any], drawn: dict[
         for name, key, form in (("FID (Inception)", "fid", ".1f"), ("KID (Inception)", "kid", ".4f"))
         if all(key in row for row in cells.values())
     )
-    apart = "distance to people not trained on"
-    known = any(apart in row for row in cells.values())
-    apart = f"To {apart[12:]}:\n\n{table(apart, '.2f')}\n" if known else ""
+    apart = "".join(
+        f"To {key[12:]}:\n\n{table(key, '.2f')}\n"
+        for key in ("distance to people not trained on", AGAINST)
+        if any(key in cells[f"w={w} steps={n}"] for w in options.masks for n in options.steps)
+    )
+    columns = {"images": "", "distance": ".2f", "floor of such sets": ".2f"}
+    columns |= {AGAINST: ".2f"} if any(AGAINST in row for row in cells.values()) else {}
     others = "".join(f"; then {spelled(name)}" for name in besides)
     steps = ", ".join(map(str, options.steps))
     note = f" {options.note}" if options.note else ""
@@ -363,7 +393,7 @@ def write_page(options: argparse.Namespace, record: dict[str, Any], drawn: dict[
         f"`msmri/distances.py`; lower is better), masks w down, steps across:\n\n{table('distance', '.2f')}\n{apart}"
         "Floor: the mean distance of two such sets of one "
         f"law:\n\n{table('floor', '.2f')}\nWhat such distances mean:\n\n"
-        f"{markdown_table(anchors, {'images': '', 'distance': '.2f', 'floor of such sets': '.2f'})}\n"
+        f"{markdown_table(anchors, columns)}\n"
         f"Seconds an image:\n\n{table('seconds an image', '.1f')}\nArtefacts of lines: mean log ratio of fine waves "
         f"along the undersampled axis to those across; {record['imbalance of references']:+.2f} in the references:\n\n"
         f"{table('imbalance', '+.2f')}\n{inception}"

@@ -126,18 +126,24 @@ def test_runs_and_goes_on_where_it_stopped(script, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(sys, "argv", elsewhere)
     with pytest.raises(AssertionError, match="drawn again"):
         script.main()
-    monkeypatch.setattr(sys, "argv", [*command, "--second", oracle, "--joint", prior])  # of all lines, as the oracle is
+    monkeypatch.setattr(sys, "argv", [*command, "--second", oracle, "--joint", prior, "--against", "4"])
+    # of all lines, as the oracle is, and the oracle's own samples as references
     asked.clear()
     monkeypatch.setattr(
         script, "draw", lambda method, options, count: asked.append(method) or torch.rand(count, 32, 32)
     )
     script.main()
     whole = [one for one in asked if one.law.acceleration == 1]
-    assert [one.masks_per_step for one in whole] == [1, 1, 1]  # the oracle's, for the sheet, and the new ones'
+    # four references, the sheet's of the oracle, and the new ones'
+    assert [(one.masks_per_step, one.steps) for one in whole] == [(1, 50), (1, 2), (1, 2), (1, 2)]
     text = Path(page).read_text("utf-8")
     assert "the prior of reconstructions; then the first prior's network on reconstructions; the last row" in text
     found = json.loads(Path(out).read_text("utf-8"))["cells"]
     assert found["second steps=2"]["distance"] > 0 and found["joint steps=2"]["distance"] > 0
+    assert found["joint steps=2"][script.AGAINST] > 0 and script.AGAINST not in found["w=1 steps=2"]  # two images left
+    assert (
+        "| distance to samples of the clean-image prior |" in text and "\n| samples of the clean-image prior " in text
+    )
     monkeypatch.setattr(script, "draw", never)
     monkeypatch.setattr(sys, "argv", [*command, "--centre", "0.3"])  # other masks: nothing of before counts
     with pytest.raises(AssertionError, match="drawn again"):
