@@ -427,7 +427,7 @@ def test_a_prior_of_whole_images_is_told_of(tmp_path, scan):
         checked_prior(weights / "oracle.safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for name in ("brain_r4", "brain_r4_short", "brain_r4_noisy", "brain64_msm"):
+        for name in ("brain_r4", "brain_r4_short", "brain_r4_noisy", "brain64_msm", "brain64_joint"):
             assert checked_prior(weights / f"{name}.safetensors").stem == name
 
 

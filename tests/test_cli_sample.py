@@ -262,10 +262,16 @@ def test_weights_that_do_not_draw_by_msm_are_refused(tmp_path):
 def test_the_shipped_prior_draws_as_its_weights_tell(tmp_path):
     """No option but where to write: its size, its masks and its highest noise level."""
     result = invoke("sample", "-o", tmp_path / "out", "--dry-run")
-    assert "16 images of 64 x 64 from brain64_msm.safetensors" in result.stdout
-    assert "from sigma 30 to 0.01" in result.stdout and "8 centre lines" in result.stdout
-    assert "nominal 4.00" in result.stdout
+    assert "16 images of 64 x 64 from brain64_joint.safetensors" in result.stdout
+    assert "from sigma 30 to 0.01, 1 masks a step" in result.stdout and "nominal 1.00" in result.stdout
+
+
+def test_the_prior_of_the_first_round_draws_by_its_masks(tmp_path):
     weights = files("msmri") / "weights" / "brain64_msm.safetensors"
     assert (load_prior(weights).law.acceleration, load_prior(weights).law.centre_fraction) == (4, 0.125)
-    given = invoke("sample", "-o", tmp_path / "out", "--dry-run", "-R", "3")
+    given = ("sample", "-o", tmp_path / "out", "--dry-run", "--prior", weights, "--size", "64x64")
+    result = invoke(*given)
+    assert "from sigma 30 to 0.01, 3 masks a step" in result.stdout and "8 centre lines" in result.stdout
+    assert "nominal 4.00" in result.stdout
+    given = invoke(*given, "-R", "3")
     assert "nominal 3.00" in given.stdout and "8 centre lines" in given.stdout

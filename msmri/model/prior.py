@@ -11,7 +11,7 @@ from msmri.errors import InputError
 from msmri.model.checkpoint import load_checkpoint, load_published
 
 SHIPPED = "brain_r4.safetensors"  # in msmri/weights
-DRAWS = "brain64_msm.safetensors"  # as well; axial slices of 64 x 64
+DRAWS = "brain64_joint.safetensors"  # as well; axial slices of 64 x 64, all lines at once
 
 
 def shipped_prior(*, draws: bool = False) -> Path:
