@@ -9,6 +9,7 @@ are left alone, so that an interrupted run goes on where it stopped; --part 1/2 
 """
 
 import argparse
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,14 @@ def joined(slices: list[Measurement]) -> Measurement:
     )
 
 
+def share(text: str) -> tuple[int, int]:
+    """Read k/n."""
+    first, _, of = text.partition("/")
+    if not (first.isdecimal() and of.isdecimal() and 1 <= int(first) <= int(of)):
+        raise InputError(f"--part {text} is no share", mend="give one such as 2/4: the second of four")
+    return int(first), int(of)
+
+
 def main() -> None:
     """Write the files that are missing, and how they were made."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -56,7 +65,7 @@ def main() -> None:
     parser.add_argument("--part", default="1/1", help="k/n: only every n-th file, from the k-th on")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    part, parts = (int(n) for n in options.part.split("/"))
+    part, parts = share(options.part)
     weights = options.prior or shipped_prior()
     method = MSM(
         prior=load_prior(weights, device=options.device),
@@ -92,4 +101,5 @@ if __name__ == "__main__":
     try:
         main()
     except InputError as error:
-        raise SystemExit(f"error: {error}") from None
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

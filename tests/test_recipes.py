@@ -447,6 +447,10 @@ def test_scans_are_completed_from_their_own_lines(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(sys, "argv", [*command[:1], str(tmp_path / "whole.h5"), *command[2:]])
     with pytest.raises(InputError, match=r"whole\.h5: is fully sampled"):
         script.main()
+    for share in ("3/2", "0/2", "half", "1/"):
+        monkeypatch.setattr(sys, "argv", [*command, "--part", share])
+        with pytest.raises(InputError, match=f"--part {share} is no share"):
+            script.main()
 
 
 def test_shipped_weights_name_the_data_and_licence_of_what_they_were_trained_on():
