@@ -442,6 +442,13 @@ def test_scans_are_completed_from_their_own_lines(tmp_path, monkeypatch, capsys)
     script.main()
     with h5py.File(tmp_path / "other" / "a.h5") as file:
         assert np.abs(file["reconstruction_complex"][()] - images.numpy()).max() > 1e-3
+    (tmp_path / "poisoned").mkdir()
+    poisoned = torch.where(scan.mask, values, torch.full_like(values, 1e3))
+    write_scan(tmp_path / "poisoned" / "a.h5", poisoned, mask=scan.mask[:, 0].numpy())
+    monkeypatch.setattr(sys, "argv", [command[0], str(tmp_path / "poisoned"), str(tmp_path / "same"), "--steps", "2"])
+    script.main()
+    with h5py.File(tmp_path / "same" / "a.h5") as file:  # nothing unmeasured reaches what is trained on
+        assert np.array_equal(file["reconstruction_complex"][()], images.numpy())
     whole = scan.encoding(scan.target[:, None].to(torch.complex64))
     write_scan(tmp_path / "whole.h5", whole)
     monkeypatch.setattr(sys, "argv", [*command[:1], str(tmp_path / "whole.h5"), *command[2:]])
