@@ -253,13 +253,15 @@ def main() -> None:
                     torch.save(images.half(), part)
             images = images.half().float()
         drawn[name] = images
-        if "distance" not in row:
+        compared = clean is not None and len(images) == options.count and row.get("against") != sums["oracle"]
+        if "distance" not in row or compared:
             found = scattering_features(images)
+        if "distance" not in row:
             row |= judged(frechet_distance(features, found, rng=rng), found)
             if unseen is not None:
                 row["distance to people not trained on"] = frechet_distance(unseen, found, rng=rng).value
-        if clean is not None and len(images) == options.count and row.get("against") != sums["oracle"]:
-            row[AGAINST] = frechet_distance(clean, scattering_features(images), rng=rng).value
+        if compared:
+            row[AGAINST] = frechet_distance(clean, found, rng=rng).value
             row["against"] = sums["oracle"]
         if options.inception is not None and "fid" not in row:
             row |= inception_distances(targets, images, weights=options.inception, device=options.device)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Generator, Tensor
 
 from msmri.errors import InputError, InputWarning
@@ -200,6 +201,28 @@ def measurements(path: str | Path, preparation: Preparation, slices: Sequence[in
             calibrate(read_slice(scan, index, preparation), scan, index, preparation)
             for index in (range(scan.n_slices) if slices is None else slices)
         ]
+
+
+def join(slices: Sequence[Measurement]) -> Measurement:
+    """Make one batch of slices of one size with coil maps; they lose their targets."""
+    maps = [one.encoding.maps for one in slices if isinstance(one.encoding, CoilFourier)]
+    if len(maps) != len(slices):
+        raise ValueError("slices without coil maps cannot be joined")
+
+    def of_each(name: str) -> Tensor:
+        values = [torch.as_tensor(getattr(one, name)).to(one.values.real) for one in slices]
+        return torch.cat([value.expand(len(one.values), 1, 1, 1) for value, one in zip(values, slices, strict=True)])
+
+    return replace(
+        slices[0],
+        values=torch.cat([one.values for one in slices]),
+        mask=torch.cat([one.mask for one in slices]),
+        encoding=CoilFourier(torch.cat(maps)),
+        noise_std=of_each("noise_std"),
+        scale=of_each("scale"),
+        source=tuple(name for one in slices for name in one.source),
+        target=None,
+    )
 
 
 def cropped_psnr(target: Tensor, image: Tensor) -> float:

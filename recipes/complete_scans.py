@@ -5,45 +5,25 @@
 
 As ``msmri recon --samples 1`` but with all slices of a file at once and coil maps that keep the background. What is
 drawn is a sample and not a mean: no correction by the data or by the prior's own estimate follows. Files that are there
-are left alone, so that an interrupted run goes on where it stopped; --part 1/2 and --part 2/2 share the work.
+are left alone, so that an interrupted run goes on where it stopped, with the same settings; --part 1/2 and --part 2/2
+share the work.
 """
 
 import argparse
+import json
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from msmri.errors import InputError
 from msmri.io.fastmri import list_scans
 from msmri.io.output import ReconstructionWriter, environment, sha256, write_manifest
-from msmri.measurement import Measurement
 from msmri.methods.msm import MSM
 from msmri.model.prior import load_prior, shipped_prior
 from msmri.physics.espirit import Espirit
 from msmri.physics.masks import slice_seed
-from msmri.physics.operators import CoilFourier
-from msmri.preparation import Preparation, measurements
+from msmri.preparation import Preparation, join, measurements
 from msmri.tensors import generators
-
-
-def joined(slices: list[Measurement]) -> Measurement:
-    """Make one batch of the slices of a file."""
-    first = slices[0]
-    if first.encoding is None:
-        raise ValueError("no coil maps")
-    maps = torch.cat([one.encoding.maps for one in slices if isinstance(one.encoding, CoilFourier)])
-    return replace(
-        first,
-        values=torch.cat([one.values for one in slices]),
-        mask=torch.cat([one.mask for one in slices]),
-        encoding=CoilFourier(maps),
-        noise_std=torch.cat([torch.as_tensor(one.noise_std).reshape(1, 1, 1, 1) for one in slices]),
-        source=tuple(one.source[0] for one in slices),
-        target=None,
-    )
 
 
 def share(text: str) -> tuple[int, int]:
@@ -77,8 +57,16 @@ def main() -> None:
         batch=64,
     )
     preparation = Preparation(espirit=Espirit(crop=0.0, phase_reference="image"), sets=1, device=options.device)
+    files = list_scans(options.scans)[part - 1 :: parts]
     told = {"prior": sha256(weights), "steps": options.steps, "seed": options.seed}
-    files, begun = list_scans(options.scans)[part - 1 :: parts], time.time()
+    for other in sorted(options.out.glob("completed_*.json")):
+        before = json.loads(other.read_text("utf-8"))
+        if differing := [name for name, value in told.items() if before.get(name) != value]:
+            mend = "repeat those settings, or choose another folder"
+            raise InputError(f"was made with another {' and '.join(differing)}", mend=mend, path=options.out)
+    options.out.mkdir(parents=True, exist_ok=True)
+    write_manifest(options.out / f"completed_{part}_of_{parts}.json", {**told, "environment": environment()})
+    begun = time.time()
     for number, path in enumerate(files, 1):
         out = options.out / path.name
         if out.exists():
@@ -87,13 +75,12 @@ def main() -> None:
         if all(bool(one.mask.all()) for one in slices):
             raise InputError("is fully sampled: there is nothing to complete", path=path)
         streams = [generators(slice_seed(one.source[0], options.seed), 1)[0] for one in slices]
-        images = method(joined(slices), streams).image.cpu()
+        images = method(join(slices), streams).image.cpu()
         size = (images.shape[-2], images.shape[-1])
         with ReconstructionWriter(out, len(images), size, source=path, settings=told) as writer:
             for index, image in enumerate(images):
                 writer.write(index, image)
         print(f"{number} of {len(files)} files, {time.time() - begun:.0f} s", end="\r", flush=True)
-    write_manifest(options.out / f"completed_{part}_of_{parts}.json", {**told, "environment": environment()})
     print(f"{len(files)} files are in {options.out}")
 
 

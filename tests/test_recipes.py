@@ -454,6 +454,10 @@ def test_scans_are_completed_from_their_own_lines(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(sys, "argv", [*command[:1], str(tmp_path / "whole.h5"), *command[2:]])
     with pytest.raises(InputError, match=r"whole\.h5: is fully sampled"):
         script.main()
+    monkeypatch.setattr(sys, "argv", [*command, "--seed", "1"])
+    with pytest.raises(InputError, match="out: was made with another seed; repeat those settings"):
+        script.main()
+    assert (tmp_path / "out" / "b.h5").read_bytes() == before
     for share in ("3/2", "0/2", "half", "1/"):
         monkeypatch.setattr(sys, "argv", [*command, "--part", share])
         with pytest.raises(InputError, match=f"--part {share} is no share"):

@@ -97,7 +97,7 @@ def sample(
     if chosen is None or isinstance(chosen, torch.Tensor):
         raise InputError("--law wants the name of a law, not a file", path=law)
     if sigma_max is None and (pixels is not None or preset == "default"):
-        sigma_max = (trained.get("loss") or {}).get("sigma_max")
+        sigma_max = getattr(model, "highest", None)
     given = {"masks_per_step": masks, "steps": steps, "eta": eta, "covering": covering, "aggregate": aggregate}
     given |= {"extrapolate": extrapolate, "sigma_max": sigma_max}
     given = {name: value for name, value in given.items() if value is not None}

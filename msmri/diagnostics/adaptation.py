@@ -22,7 +22,7 @@ from msmri.methods.msm_training import LinewiseMSM
 from msmri.metrics import psnr, ssim
 from msmri.model.partial import BLANK
 from msmri.physics.operators import CoilFourier, Subsample
-from msmri.preparation import Preparation, measurements
+from msmri.preparation import Preparation, join, measurements
 from msmri.tensors import Mask, spawn
 
 QUICK = {"steps": 2, "check_every": 1, "crop_to": 64, "slices": 1, "samples": 1, "sampler_steps": 2}
@@ -139,7 +139,7 @@ def _take(scan: Measurement, index: list[int]) -> Measurement:
     assert isinstance(scan.encoding, CoilFourier)
     return replace(
         scan, values=scan.values[index], mask=scan.mask[index], encoding=CoilFourier(scan.encoding.maps[index]),
-        noise_std=_noise(scan)[index],
+        noise_std=_noise(scan)[index], scale=torch.as_tensor(scan.scale).expand(len(scan.values), 1, 1, 1)[index],
     )  # fmt: skip
 
 
@@ -157,17 +157,7 @@ def read_scan(path: Path, subject: Subject, *, slices: int, crop_to: int) -> tup
         )  # one set of maps: what the prior trains on
     each = measurements(path, preparation, chosen)
     together = [one.scaled(one.working_scale()) for one in each]
-    maps = torch.cat([one.encoding.maps for one in together if isinstance(one.encoding, CoilFourier)])
-    whole = replace(
-        together[0],
-        values=torch.cat([one.values for one in together]),
-        mask=torch.cat([one.mask for one in together]),
-        encoding=CoilFourier(maps),
-        noise_std=torch.cat([_noise(one) for one in together]),
-        source=tuple(name for one in together for name in one.source),
-        target=None,
-    )
-    return each, whole
+    return each, join(together)
 
 
 def scores(prior: Any, cases: list[Measurement], seed: int, **options: Any) -> dict[str, float] | None:

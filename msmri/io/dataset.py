@@ -263,11 +263,12 @@ class FullScans(_Scans):
 
 @dataclass
 class ReconstructedScans(_Scans):
-    """Slices as an earlier prior completed them: what ``msmri recon --samples 1`` wrote of undersampled scans.
+    """Slices as an earlier prior completed them: what ``recipes/complete_scans.py`` made of undersampled scans.
 
     One sample of the posterior of every training slice, from its own measured lines, in place of a clean image: with
     these as data the prior of the next round is fitted to all that was measured, by expectation maximisation (Rozet et
-    al. 2024). Sampled, not averaged: means of many samples are too smooth to be taken for images.
+    al. 2024). Sampled, not averaged: means of many samples are too smooth to be taken for images. Results of ``msmri
+    recon --samples 1`` are such samples with ``msm.conditional_mean=0`` and ``msm.likelihood=none`` alone.
 
     Each slice is the k-space of its complex image, as measured by one coil that sees all alike. ``path`` holds the h5
     files; with several folders, such as of several seeds, each slice is there as often. ``calibration`` makes the map,

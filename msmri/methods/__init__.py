@@ -126,6 +126,12 @@ class FromPrior:
         return self._loaded[str(device)]
 
 
+def told(prior: Any, name: str) -> Any:
+    """Read what a prior, or the denoiser in it, tells of its training, such as ``law``; None if nothing."""
+    inner = getattr(getattr(prior, "denoiser", prior), name, None)
+    return getattr(prior, name, None) if inner is None else inner
+
+
 def combine_sets(image: Image) -> Tensor:
     """Combine the sets of a soft-SENSE image (..., set, y, x) into one complex image (..., y, x).
 

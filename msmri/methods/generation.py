@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from msmri.errors import InputError
-from msmri.methods import FromPrior
+from msmri.methods import FromPrior, told
 from msmri.model.denoiser import Denoiser, VPSchedule
 from msmri.physics.masks import MaskLaw, RandomLines, blind_spots, covering
 from msmri.physics.operators import LinearOperator
@@ -207,7 +207,7 @@ class Generation(FromPrior):
     def law_of(self, partial: PartialDenoiser | None = None) -> MaskLaw:
         """Give the law of the masks for a prior, by default this one's own."""
         prior: Any = self._partial(torch.device("cpu")) if partial is None else partial
-        return self.law or _told(prior, "law") or RandomLines(4.0)
+        return self.law or told(prior, "law") or RandomLines(4.0)
 
     def passes(self, law: MaskLaw, matrix: tuple[int, int]) -> int:
         """Give the number of masks of a step: in parallel, those that show everything all say the same."""
@@ -216,9 +216,9 @@ class Generation(FromPrior):
     def ladder(self, partial: PartialDenoiser | None = None) -> Tensor:
         """Give the noise levels for a prior, by default this one's own: falling, without the final 0."""
         prior: Any = self._partial(torch.device("cpu")) if partial is None else partial
-        trained = _told(prior, "sigmas")
+        trained = told(prior, "sigmas")
         if (self.schedule or ("karras" if trained is None else "vp")) == "karras":
-            high = (_told(prior, "highest") or HIGHEST) if self.sigma_max is None else self.sigma_max
+            high = (told(prior, "highest") or HIGHEST) if self.sigma_max is None else self.sigma_max
             return schedule.karras(high, LOWEST if self.sigma_min is None else self.sigma_min, self.steps)
         sigmas = schedule.vp(self.steps, VPSchedule().sigmas if trained is None else trained)
         if self.sigma_max is not None:
@@ -233,9 +233,3 @@ class Generation(FromPrior):
 def _shows_all(law: MaskLaw, matrix: tuple[int, int]) -> bool:
     """Tell whether every mask of a law holds every place."""
     return bool((law.inclusion_probability(matrix) >= 1).all())
-
-
-def _told(prior: Any, name: str) -> Any:
-    """Read what a prior, or the denoiser in it, tells of its training; None if nothing."""
-    inner = getattr(getattr(prior, "denoiser", prior), name, None)
-    return getattr(prior, name, None) if inner is None else inner

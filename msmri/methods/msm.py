@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from msmri.errors import InputError
 from msmri.measurement import Measurement, Reconstruction
-from msmri.methods import FromPrior, combine_sets
+from msmri.methods import FromPrior, combine_sets, told
 from msmri.model.denoiser import Denoiser, VPSchedule
 from msmri.model.partial import BLANK, CrossValidation
 from msmri.physics.coils import calibration_region, estimate_noise_std
@@ -222,13 +222,12 @@ class MSM(FromPrior):
         return self.start or ("mean" if problem.part and getattr(partial, "keeps_data", False) else "warm")
 
     def _law(self, partial: PartialDenoiser) -> MaskLaw:
-        told = getattr(getattr(partial, "denoiser", partial), "law", None) or getattr(partial, "law", None)
-        return self.law or told or RandomLines(self.acceleration)
+        return self.law or told(partial, "law") or RandomLines(self.acceleration)
 
     def _ladder(self, partial: PartialDenoiser) -> Tensor:
         if self.schedule == "karras":
             return schedule.karras(self.sigma_max, self.sigma_min, self.steps)
-        trained = getattr(getattr(partial, "denoiser", partial), "sigmas", None)
+        trained = told(partial, "sigmas")
         sigmas = schedule.vp(self.steps, VPSchedule().sigmas if trained is None else trained)
         sigmas = sigmas[(sigmas <= self.sigma_max) & (sigmas >= self.sigma_min)]
         if len(sigmas) == 0:
